@@ -1,0 +1,1 @@
+"""Settings code and the YAML a person edits. `settings` reads it; kinds of jobs are read by `coordination.kinds`."""

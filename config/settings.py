@@ -1,0 +1,245 @@
+"""Every setting of a node, in one frozen object: file, then environment, then flags, the later winning.
+
+Another system of this kind grew 400 environment variables; here a setting is a flag or a line of ``cluster.yaml``, and
+the few variables are those of DESIGN §3. Unknown keys are errors that name the nearest right one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+DEFAULT_PORT = 8770
+ROOT = Path(__file__).resolve().parent.parent
+NODE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the message names it, says what is wrong and what would be right."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class QueueSettings(Section):
+    """What bounds the queue and how long it remembers."""
+
+    lease_seconds: float = Field(30, gt=1, description="how long a silent worker keeps its jobs")
+    heartbeat_seconds: float = Field(5, gt=0.05, description="how often a worker renews its leases")
+    max_unfinished: int = Field(2_000_000, ge=1, description="submits beyond this many unfinished jobs get 429")
+    keep_finished: int = Field(200_000, ge=0, description="finished jobs remembered; the oldest go first")
+    keep_finished_hours: float = Field(24 * 14, gt=0, description="finished jobs older than this are forgotten")
+    min_free_disk_mb: int = Field(256, ge=0, description="below this much free disk submits get 507")
+
+
+class WorkerSettings(Section):
+    """What this node offers and keeps as a worker."""
+
+    max_jobs: int = Field(256, ge=1, le=10_000, description="jobs at once, whatever their requirements")
+    claim_wait_seconds: float = Field(20, gt=0, le=60, description="how long a claim is held open")
+    log_cap_mb: int = Field(16, ge=1, description="per stream of a job; the newest half is kept beyond it")
+    keep_folders: int = Field(10_000, ge=0, description="folders of ended attempts kept; the oldest go first")
+    keep_folders_hours: float = Field(24 * 7, gt=0, description="folders of ended attempts older than this go")
+
+
+class ReaperSettings(Section):
+    """See `p2p.loops.job_loops.JobReaperConfig`."""
+
+    interval_seconds: float = Field(5, gt=0)
+    stale_job_threshold_seconds: float = Field(1800, gt=0, description="claimed for this long and never started")
+    stuck_job_threshold_seconds: float = Field(3600, gt=0, description="in progress without a sign of life")
+    max_jobs_to_reap_per_cycle: int = Field(10, ge=1)
+
+
+class PopulatorSettings(Section):
+    """When the queue is stocked; with what is ``config/jobs.yaml``."""
+
+    enabled: bool = True
+    interval_seconds: float = Field(10, gt=0)
+    totals: dict[str, int] = Field(default_factory=dict, description="kind -> stop after this many were ever submitted")
+
+
+class HealthSettings(Section):
+    """When the queue is unhealthy (DESIGN §6)."""
+
+    interval_seconds: float = Field(10, gt=0)
+    queue_depth: int = Field(1000, ge=1, description="pending jobs, for over an hour")
+    queue_depth_seconds: float = Field(3600, gt=0)
+    stuck_jobs: int = Field(10, ge=0)
+    failure_rate: float = Field(0.5, gt=0, le=1, description="of the last hour's finished jobs")
+    failure_rate_least: int = Field(10, ge=1, description="finished jobs before the rate means anything")
+    idle_seconds: float = Field(1800, gt=0, description="since the last completion, with work pending")
+
+
+class Settings(Section):
+    """One node. Made by `load`; nothing else reads the environment for settings."""
+
+    node_id: str
+    host: str
+    port: int = Field(DEFAULT_PORT, ge=0, le=65535)
+    advertise: str | None = None
+    data_dir: Path
+    log_dir: Path = Path("logs")
+    journal: str = "raft:"
+    jobs_file: Path | None = None
+    resources: Path | None = None
+    worker: bool = True
+    auth_token: SecretStr | None = Field(None, repr=False)
+    start_wait_seconds: float = Field(30, ge=0, description="how long a start waits for its predecessor to end")
+    queue: QueueSettings = QueueSettings()
+    work: WorkerSettings = WorkerSettings()
+    reaper: ReaperSettings = ReaperSettings()
+    populator: PopulatorSettings = PopulatorSettings()
+    health: HealthSettings = HealthSettings()
+
+    @field_validator("node_id")
+    @classmethod
+    def _plain_id(cls, value: str) -> str:
+        if not NODE_ID.match(value):
+            raise ValueError("use letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit")
+        return value
+
+    @field_validator("journal")
+    @classmethod
+    def _known_journal(cls, value: str) -> str:
+        if value != "raft:":
+            raise ValueError("this version has the journal 'raft:' only")
+        return value
+
+    @model_validator(mode="after")
+    def _open_only_with_token(self) -> Settings:
+        if self.auth_token is None and not is_loopback(self.host):
+            raise ValueError(
+                f"without a token a node listens on loopback only, and {self.host!r} is not; give --auth-token-file"
+            )
+        if self.auth_token is not None and len(self.auth_token.get_secret_value()) < 16:
+            raise ValueError("the auth token must have at least 16 characters")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listen address is reachable from this machine only."""
+    return host in LOOPBACK or host.startswith("127.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of ``scripts/p2p_orchestrator.py``. A default of None means: the file or the built-in default."""
+    flags = argparse.ArgumentParser(
+        prog="p2p_orchestrator.py",
+        description="Start a node. With no flags: a one-node cluster on 127.0.0.1:8770 that does real work.",
+    )
+    flags.add_argument("--node-id", help="stable identity (P2P_NODE_ID; default: the hostname)")
+    flags.add_argument("--host", help="listen address (default: 127.0.0.1 without a token, 0.0.0.0 with one)")
+    flags.add_argument("--port", type=int, help=f"listen port (default {DEFAULT_PORT}; 0 = any free one)")
+    flags.add_argument("--advertise", metavar="HOST:PORT", help="the address by which others reach this node")
+    flags.add_argument("--data-dir", type=Path, help="journal, queue and job folders (default data/<node-id>)")
+    flags.add_argument("--log-dir", type=Path, help="coordination.log and work_queue.log (default logs)")
+    flags.add_argument("--config", type=Path, help="cluster.yaml (default config/cluster.yaml if there is one)")
+    flags.add_argument("--jobs-file", type=Path, help="the kinds of jobs (default config/jobs.yaml)")
+    flags.add_argument("--journal", help="raft: (the only one in this version)")
+    flags.add_argument("--auth-token-file", type=Path, help="file with the cluster secret, readable by its owner only")
+    flags.add_argument("--resources", type=Path, help="YAML that overrides what this node offers")
+    flags.add_argument("--no-worker", action="store_false", dest="worker", default=None, help="run no jobs here")
+    flags.add_argument("--no-populate", action="store_true", help="do not fill the queue by itself")
+    return flags
+
+
+def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Settings:
+    """The settings of this start. Raises SettingsError."""
+    env = os.environ if environment is None else environment
+    flags = parser().parse_args(arguments)
+    values = _from_file(_config_file(flags.config))
+    for key, variable in (("node_id", "P2P_NODE_ID"),):
+        if env.get(variable):
+            values[key] = env[variable]
+    for key in ("node_id", "host", "port", "advertise", "data_dir", "log_dir", "journal", "resources", "worker"):
+        if getattr(flags, key) is not None:
+            values[key] = getattr(flags, key)
+    if flags.jobs_file is not None:
+        values["jobs_file"] = flags.jobs_file
+    if flags.no_populate:
+        values["populator"] = {**values.get("populator", {}), "enabled": False}
+    token = read_token(env, flags.auth_token_file or values.pop("auth_token_file", None))
+    if token is not None:
+        values["auth_token"] = SecretStr(token)
+    values.setdefault("node_id", re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:63] or "node")
+    values.setdefault("host", "0.0.0.0" if token else "127.0.0.1")  # noqa: S104 - DESIGN §3: open only with a token
+    values.setdefault("data_dir", Path("data") / str(values["node_id"]))
+    if values.get("jobs_file") is None:
+        values["jobs_file"] = next(
+            (p for p in (Path("config/jobs.yaml"), ROOT / "config/jobs.yaml") if p.exists()), None
+        )
+    return build(values)
+
+
+def build(values: dict[str, Any]) -> Settings:
+    """Settings from plain values. Raises SettingsError naming the setting."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(step) for step in problem["loc"]) or "settings"
+        sentence = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            sentence = f"there is no such setting{_nearest(problem['loc'])}"
+        raise SettingsError(f"{where}: {sentence}") from None
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    section: Any = Settings
+    for step in location[:-1]:
+        section = section.model_fields[str(step)].annotation
+    near = difflib.get_close_matches(str(location[-1]), section.model_fields, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _config_file(named: Path | None) -> Path | None:
+    if named is not None:
+        if not named.exists():
+            raise SettingsError(f"--config: there is no file {named}")
+        return named
+    default = Path("config/cluster.yaml")
+    return default if default.exists() else None
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: {error}") from None
+    if not isinstance(body, dict):
+        raise SettingsError(f"{path}: must be a mapping of settings")
+    if "auth_token" in body:
+        raise SettingsError(f"{path}: auth_token does not belong in this file; use auth_token_file")
+    return body
+
+
+def read_token(env: Mapping[str, str], path: Path | str | None) -> str | None:
+    """The cluster secret: the flag's file, then RINGRIFT_CLUSTER_AUTH_TOKEN_FILE, then RINGRIFT_CLUSTER_AUTH_TOKEN."""
+    path = path or env.get("RINGRIFT_CLUSTER_AUTH_TOKEN_FILE")
+    if path is None:
+        return env.get("RINGRIFT_CLUSTER_AUTH_TOKEN") or None
+    file = Path(path)
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+        mode = file.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"auth token file {file}: {error}") from None
+    if mode & 0o077:
+        raise SettingsError(f"auth token file {file} can be read by others; run: chmod 600 {file}")
+    if not token:
+        raise SettingsError(f"auth token file {file} is empty")
+    return token

@@ -1,0 +1,218 @@
+"""The only ways to change the queue. Each command is one journal entry: bytes to `p2p`, meaning to `queue_state`.
+
+Everything undetermined is decided before a command is made and travels inside it: the time (`at_ms`, unix
+milliseconds), the ids, which job goes to which worker. Applying one is then the same computation on every voter.
+Wire form: a msgpack array ``[version, name, field, field, …]`` in the order of the dataclass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import msgpack
+
+COMMANDS_VERSION = 1
+
+
+class UnknownCommand(Exception):
+    """An entry of a kind or version this build does not know: a voter halts rather than skips (PROTOCOL §2.23)."""
+
+
+class NewJob(NamedTuple):
+    """A job as it enters the queue: the columns the queue decides by, then `spec`, the JSON it only carries."""
+
+    id: str
+    kind: str
+    group: str
+    priority: int
+    requires: str  # canonical JSON, see Requires.shape
+    max_attempts: int
+    backoff_ms: int
+    timeout_ms: int
+    not_before_ms: int
+    unique_key: str | None
+    depends_on: tuple[str, ...]
+    spec: bytes
+
+
+class Pick(NamedTuple):
+    """One decision of placement: this job, on these GPUs of the claiming worker."""
+
+    seq: int
+    gpus: str | None  # JSON list of uuids
+
+
+class AttemptDone(NamedTuple):
+    """The end of one attempt as its worker reports it."""
+
+    id: str
+    attempt: int
+    worker: str
+    ok: bool
+    result: bytes | None  # JSON
+    error: str | None
+    exit_code: int | None
+    retryable: bool
+    started_ms: int  # 0 when the process never started
+    cause: str  # "exit", "timeout", "runner_lost", …: becomes part of the reason
+
+
+class Began(NamedTuple):
+    """The process of one attempt has started."""
+
+    id: str
+    attempt: int
+    started_ms: int
+
+
+class Lapse(NamedTuple):
+    """An attempt the leader has given up: its lease lapsed, its timeout passed, or it shows no sign of life."""
+
+    id: str
+    attempt: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Adds jobs, all or none. `key` and `digest` make a repetition return the first answer."""
+
+    at_ms: int
+    jobs: tuple[NewJob, ...]
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Starts an attempt of each picked job on `worker`. A pick that is no longer pending is left out of the answer."""
+
+    at_ms: int
+    worker: str
+    picks: tuple[Pick, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """claimed -> running."""
+
+    at_ms: int
+    worker: str
+    items: tuple[Began, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Ends attempts, well or badly. An item whose attempt is not the newest is refused and changes nothing."""
+
+    at_ms: int
+    items: tuple[AttemptDone, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """The leader's verdict on attempts that no worker answers for. Spends the attempt."""
+
+    at_ms: int
+    items: tuple[Lapse, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """An operator (or a returning worker) gives jobs back: pending again, the attempt fenced off, none spent."""
+
+    at_ms: int
+    ids: tuple[str, ...]
+    reason: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    at_ms: int
+    ids: tuple[str, ...]
+    reason: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A failed or cancelled job starts over with all its attempts."""
+
+    at_ms: int
+    id: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """waiting -> pending for what is due at `at_ms`, at most `limit` jobs."""
+
+    at_ms: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Cancels, in one bounded slice, what was submitted up to `upto_seq`. Repeated until it answers 0."""
+
+    at_ms: int
+    upto_seq: int
+    include_running: bool
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """Forgets finished jobs (never others): those of `states` that ended before `before_ms`, and the oldest ones beyond
+    `keep`. At most `limit` rows; repeated until it answers 0."""
+
+    at_ms: int
+    states: tuple[str, ...]
+    before_ms: int
+    keep: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetWorkers:
+    """Drops workers from the books and releases what they hold."""
+
+    at_ms: int
+    workers: tuple[str, ...]
+    reason: str
+
+
+Command = Submit | Claim | Begin | Finish | Expire | Release | Cancel | Retry | Wake | Clear | Prune | ForgetWorkers
+_TYPES: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (Submit, Claim, Begin, Finish, Expire, Release, Cancel, Retry, Wake, Clear, Prune, ForgetWorkers)
+}
+_ITEMS: dict[str, tuple[int, type[Any]]] = {
+    "Submit": (1, NewJob),
+    "Claim": (2, Pick),
+    "Begin": (2, Began),
+    "Finish": (1, AttemptDone),
+    "Expire": (1, Lapse),
+}
+
+
+def encode(command: Command) -> bytes:
+    """The bytes of one journal entry."""
+    name = type(command).__name__
+    values = [getattr(command, field.name) for field in fields(command)]
+    return bytes(msgpack.packb((COMMANDS_VERSION, name, *values)))
+
+
+def decode(body: bytes) -> Command:
+    """The command in one journal entry. Raises UnknownCommand for what this build cannot apply."""
+    version, name, *values = msgpack.unpackb(body, use_list=False, strict_map_key=False)
+    kind = _TYPES.get(name)
+    if kind is None or version != COMMANDS_VERSION:
+        raise UnknownCommand(f"journal entry {name!r} of version {version}: this build knows {COMMANDS_VERSION}")
+    if name in _ITEMS:
+        at, item = _ITEMS[name]
+        values[at] = tuple(item(*value) for value in values[at])
+    command: Command = kind(*values)
+    return command

@@ -1,0 +1,146 @@
+"""The kinds of jobs a cluster knows, from ``config/jobs.yaml``: templates, defaults, and how full to keep the queue.
+
+Decides what a `JobSpec` that names a kind becomes. What the populator adds is `coordination.population`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from coordination.errors import InvalidInput
+from coordination.job import Argument, Closed, JobSpec, Number, Requires, Scalar, ShortWord, Whole
+from coordination.validation import first_problem
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class Populate(Closed):
+    """How the populator keeps one kind stocked."""
+
+    pending: Whole = Field(..., ge=0, le=100_000, description="unfinished jobs of this kind to keep in the queue")
+    total: Whole | None = Field(None, ge=0, description="stop after this many were ever submitted; absent = for ever")
+    every_seconds: Number = Field(0.0, ge=0, description="at least this long between two fillings of this kind")
+    vary: dict[ShortWord, list[Scalar]] = Field(default_factory=dict, description="params cycled through, job by job")
+    seed_param: ShortWord | None = Field(None, description="param that gets a new whole number in each job")
+
+
+class Kind(Closed):
+    """One kind: the template of its command and the defaults of its jobs."""
+
+    description: str = ""
+    aliases: list[ShortWord] = Field(default_factory=list)
+    command: list[Argument] | None = None
+    params: dict[ShortWord, Scalar] = Field(default_factory=dict)
+    requires: Requires = Requires()
+    priority: Annotated[Whole, Field(ge=0, le=100)] = 50
+    timeout_seconds: Annotated[Number, Field(gt=0)] | None = None
+    max_attempts: Annotated[Whole, Field(ge=1, le=100)] = 3
+    retry_backoff_seconds: Annotated[Number, Field(ge=0, le=600)] = 10.0
+    grace_seconds: Annotated[Number, Field(ge=0, le=3600)] = 30.0
+    env: dict[str, Argument] = Field(default_factory=dict)
+    populate: Populate | None = None
+
+
+class Catalogue(Closed):
+    """``config/jobs.yaml`` as a whole."""
+
+    kinds: dict[ShortWord, Kind]
+
+
+class Kinds:
+    """Looks kinds up by name or alias and fills their templates."""
+
+    def __init__(self, kinds: Mapping[str, Kind], environment: Mapping[str, str] | None = None) -> None:
+        self.by_name = dict(kinds)
+        self.by_name.setdefault("command", Kind(description="any command line"))
+        self._environment = os.environ if environment is None else environment
+        self._names = {name: name for name in self.by_name}
+        for name, kind in self.by_name.items():
+            for alias in kind.aliases:
+                if alias in self._names:
+                    raise InvalidInput(f"kinds.{name}.aliases", f"{alias!r} is already the name of a kind")
+                self._names[alias] = name
+            self.timeout_seconds(name)  # a bad override is told at start, not at the first job
+
+    @classmethod
+    def load(cls, path: Path | None, environment: Mapping[str, str] | None = None) -> Kinds:
+        """Reads a jobs.yaml; None means no kinds but `command`. Raises InvalidInput naming the field and the file."""
+        if path is None:
+            return cls({}, environment)
+        try:
+            body = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InvalidInput(str(path), f"cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise InvalidInput(str(path), f"is not YAML: {error}") from None
+        try:
+            return cls(Catalogue.model_validate(body).kinds, environment)
+        except ValidationError as error:
+            field, detail = first_problem(error, Catalogue)
+            raise InvalidInput(f"{path}: {field}", detail) from None
+
+    def canonical(self, name: str) -> str:
+        """The kind's own name. Raises InvalidInput with the nearest known one."""
+        found = self._names.get(name)
+        if found is None:
+            near = difflib.get_close_matches(name, self._names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known kinds: {', '.join(sorted(self.by_name))}"
+            raise InvalidInput("kind", f"there is no kind {name!r}{hint}")
+        return found
+
+    def timeout_seconds(self, name: str) -> float | None:
+        """The kind's default timeout; ``RINGRIFT_<KIND>_TIMEOUT`` (seconds) overrides it."""
+        variable = f"RINGRIFT_{re.sub(r'[^A-Za-z0-9]', '_', name).upper()}_TIMEOUT"
+        text = self._environment.get(variable)
+        if text is None:
+            return self.by_name[name].timeout_seconds
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            raise InvalidInput(variable, f"must be a positive number of seconds, not {text!r}")
+        return seconds
+
+    def command(self, spec: JobSpec, name: str) -> list[str]:
+        """The argument list of a job: its own or its kind's template, with ``{param}`` filled in.
+
+        In a kind's template every placeholder must be filled and every param must be used or have a default; in a
+        job's own command only the params it gives are replaced, so that braces in JSON arguments stay as they are.
+        """
+        kind = self.by_name[name]
+        if spec.command is not None:
+            own = {key: _text(value) for key, value in spec.params.items()}
+            return [_PLACEHOLDER.sub(lambda m: own.get(m[1], m[0]), part) for part in spec.command]
+        if kind.command is None:
+            raise InvalidInput("command", f"kind {name!r} has no command of its own, so the job must give one")
+        placeholders = {m for part in kind.command for m in _PLACEHOLDER.findall(part)}
+        known = placeholders | set(kind.params)
+        for key in spec.params:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(sorted(known)) or 'none'}"
+                raise InvalidInput(f"params.{key}", f"kind {name!r} has no such param{hint}")
+        values = {**kind.params, **spec.params}
+        for key in sorted(placeholders):
+            if key not in values:
+                raise InvalidInput(f"params.{key}", f"kind {name!r} needs it")
+        return [_PLACEHOLDER.sub(lambda m: _text(values[m[1]]), part) for part in kind.command]
+
+    def public(self) -> dict[str, Any]:
+        """Kind -> its definition as JSON, for people."""
+        return {name: kind.model_dump(exclude_defaults=True) for name, kind in sorted(self.by_name.items())}
+
+
+def _text(value: str | bool | int | float) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)

@@ -1,0 +1,326 @@
+"""Every operation a person or a script can ask of the queue, once: the HTTP API and the operators' Python API both end
+here. Each takes plain values and answers a JSON object; errors are those of `coordination.errors`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from typing import Any, cast
+
+from config.settings import HealthSettings
+from coordination.alerts import AlertBook
+from coordination.daemon_manager import Supervisor
+from coordination.dispatcher import Dispatcher
+from coordination.errors import InvalidInput, Refused
+from coordination.health import QueueFigures, judge
+from coordination.job import JobState
+from coordination.leases import Verdict
+from coordination.queue_reads import MAX_PAGE, QueueReader
+from coordination.unified_queue_populator import Populator
+
+DEFAULT_STUCK_SECONDS = 3600.0
+ACTIVE_FACTOR = 1.0  # a worker is active while its newest word is younger than this many leases
+
+
+class Depth:
+    """How long the queue has been deep, or has had work pending, without a break. Fed by whoever looks."""
+
+    def __init__(self) -> None:
+        self._deep_since: int | None = None
+        self._pending_since: int | None = None
+
+    def note(self, pending: int, limit: int, now: int) -> tuple[float, float | None]:
+        """(seconds over the limit, seconds with work pending or None); `now` is monotonic ms."""
+        self._deep_since = (self._deep_since or now) if pending > limit else None
+        self._pending_since = (self._pending_since or now) if pending else None
+        deep = (now - self._deep_since) / 1000 if self._deep_since else 0.0
+        return deep, (now - self._pending_since) / 1000 if self._pending_since else None
+
+
+def check_number(name: str, value: Any, *, least: float = 0.0, most: float = 1e9) -> float:
+    """A finite number in range. Raises InvalidInput naming it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise InvalidInput(name, f"must be a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def check_text(name: str, value: Any, *, most: int = 500) -> str:
+    """A short text. Raises InvalidInput naming it."""
+    if not isinstance(value, str) or not value or len(value) > most or not value.isprintable():
+        raise InvalidInput(name, f"must be a printable text of 1 to {most} characters")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidInput(name, "must be true or false")
+    return value
+
+
+class Operations:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        populator: Populator,
+        supervisor: Supervisor,
+        alerts: AlertBook,
+        limits: HealthSettings,
+        node_status: Callable[[], Awaitable[dict[str, Any]]],
+    ) -> None:
+        self._desk, self._populator, self._supervisor, self._alerts = dispatcher, populator, supervisor, alerts
+        self._limits = limits
+        self._node_status = node_status
+        self._depth = Depth()
+
+    # -- what the queue looks like --------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        """The body of ``/status``."""
+        return await self._node_status()
+
+    async def queue_status(self) -> dict[str, Any]:
+        """The body of ``/work_queue_status``."""
+        desk = self._desk
+        now_ms, now = desk.now_ms(), desk.mono_ms()
+        hour_ago = now_ms // 60_000 - 59
+
+        def read(reader: QueueReader) -> tuple[Any, ...]:
+            return (
+                reader.counts(),
+                reader.ends_since(hour_ago),
+                reader.oldest_pending_ms(),
+                reader.last_completion_ms(),
+                reader.totals(),
+                reader.workers(),
+            )
+
+        counts, ends, oldest, last_done, totals, books = await desk.ask(read)
+        by_state: defaultdict[str, int] = defaultdict(int, {str(state): 0 for state in JobState})
+        by_kind: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for state, kind, _group, n in counts:
+            by_state[state] += n
+            by_kind[kind][state] = by_kind[kind].get(state, 0) + n
+        hour: defaultdict[str, int] = defaultdict(int)
+        for _minute, _kind, what, n in ends:
+            hour[what] += n
+        stuck = desk.stuck(int(DEFAULT_STUCK_SECONDS * 1000))
+        deep_for, pending_for = self._depth.note(by_state["pending"], self._limits.queue_depth, now)
+        figures = QueueFigures(
+            pending=by_state["pending"],
+            stuck=len(stuck),
+            completed_hour=hour["completed"],
+            failed_hour=hour["failed"],
+            since_completion=(now_ms - last_done) / 1000 if last_done is not None else None,
+            since_pending=pending_for,
+            depth_over_for=deep_for,
+        )
+        active = self._active_workers(books, now)
+        return {
+            "pending": by_state["pending"],
+            "in_progress": by_state["claimed"] + by_state["running"],
+            "waiting": by_state["waiting"],
+            "completed_hour": hour["completed"],
+            "failed_hour": hour["failed"],
+            "active_workers": len(active),
+            "workers": active,
+            "stalled": len(stuck),
+            "oldest_item_age_seconds": max((now_ms - oldest) / 1000, 0.0) if oldest is not None else 0.0,
+            "by_kind": dict(by_kind),
+            "by_state": dict(by_state),
+            "totals": _nest(totals),
+            "health": judge(figures, self._limits).as_json(figures),
+            "alerts": self._alerts.standing(),
+        }
+
+    def _active_workers(self, books: list[Any], now: int) -> list[dict[str, Any]]:
+        leases = self._desk.leases
+        by_name = {book.worker: book for book in books}
+        rows = []
+        for worker, at in sorted(leases.seen_at.copy().items()):
+            if now - at <= leases.lease_ms * ACTIVE_FACTOR:
+                book = by_name.get(worker)
+                rows.append(
+                    {
+                        "node": worker,
+                        "last_heartbeat": leases.seen_ms.get(worker, 0) / 1000,
+                        "assigned": book.assigned if book else 0,
+                        "completed": book.completed if book else 0,
+                        "failed": book.failed if book else 0,
+                    }
+                )
+        return rows
+
+    async def assignment_status(self) -> dict[str, Any]:
+        """The body of ``/work_assignment_status``: ``{worker: {assigned, completed, failed, last_heartbeat}}``."""
+        books = await self._desk.ask(lambda reader: reader.workers())
+        seen = self._desk.leases.seen_ms.copy()
+        rows: dict[str, Any] = {
+            worker: {"assigned": 0, "completed": 0, "failed": 0, "last_heartbeat": at / 1000}
+            for worker, at in seen.items()
+        }
+        for book in books:
+            rows[book.worker] = {
+                "assigned": book.assigned,
+                "completed": book.completed,
+                "failed": book.failed,
+                "last_heartbeat": seen[book.worker] / 1000 if book.worker in seen else None,
+            }
+        return dict(sorted(rows.items()))
+
+    async def stuck(self, threshold_seconds: Any = DEFAULT_STUCK_SECONDS) -> dict[str, Any]:
+        """``{"jobs": […]}``: in progress for at least the threshold and with a reason."""
+        threshold = check_number("threshold_seconds", threshold_seconds)
+        now_ms = self._desk.now_ms()
+        return {"jobs": [_stuck_row(verdict, now_ms) for verdict in self._desk.stuck(int(threshold * 1000))]}
+
+    async def failures(self, limit: Any = 20) -> dict[str, Any]:
+        """``{"jobs": […]}``, newest first."""
+        n = int(check_number("limit", limit, least=1, most=MAX_PAGE))
+        return {"jobs": await self._desk.ask(lambda reader: reader.recent_failures(n))}
+
+    async def job(self, id: str) -> dict[str, Any]:
+        """The whole record, with history and, while pending, `why_pending`. Raises Refused (404)."""
+        record = await self._desk.ask(lambda reader: reader.job(id))
+        if record is None:
+            raise Refused(404, f"there is no job {id[:80]!r}", field="id")
+        return self._annotate(record)
+
+    async def jobs(self, *, filters: dict[str, str], limit: int, before: int | None) -> dict[str, Any]:
+        """A page: ``{"jobs", "cursor"}``; a cursor of null ends the list."""
+        found, cursor = await self._desk.ask(lambda reader: reader.jobs(filters=filters, limit=limit, before=before))
+        return {"jobs": [self._annotate(record) for record in found], "cursor": str(cursor) if cursor else None}
+
+    def _annotate(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Adds what only the leader's memory knows: why it waits, its progress, its last sign of life."""
+        import json
+
+        state = record["state"]
+        if state == "pending":
+            record["why_pending"] = self._desk.why_pending(json.dumps(record["requires"]))
+        elif state == "waiting":
+            record["why_pending"] = _why_waiting(record, self._desk.now_ms())
+        held = self._desk.leases.by_job.get(record["id"])
+        if held is not None and held.attempt == record["attempt"]:
+            record["progress"] = json.loads(held.progress) if held.progress else None
+            record["last_sign_of_life_seconds"] = max((self._desk.mono_ms() - held.alive_at) / 1000, 0.0)
+        return record
+
+    # -- changing it ----------------------------------------------------------------------------------------------
+
+    async def submit(
+        self, body: Any, *, key: str | None = None, digest: str = "", batch: bool = False
+    ) -> dict[str, Any]:
+        """One job's ``{"id", "created"}``, or a batch's ``{"ids", "created": [bool]}``."""
+        key = key or secrets.token_hex(12)
+        bodies: AsyncIterable[Any] | Iterable[Any] = body if batch else [body]
+        answer = cast(dict[str, Any], await self._desk.submit(bodies, batch=batch, key=key, digest=digest))
+        if batch:
+            return answer
+        return {"id": answer["ids"][0], "created": answer["created"][0]}
+
+    async def cancel(self, id: str, reason: Any = "operator", *, key: str = "") -> dict[str, Any]:
+        await self._desk.cancel([id], check_text("reason", reason), key=key)
+        return await self.job(id)
+
+    async def release(self, id: str, reason: Any = "operator", *, key: str = "") -> dict[str, Any]:
+        await self._desk.release([id], check_text("reason", reason), key=key)
+        return await self.job(id)
+
+    async def retry(self, id: str, *, key: str = "") -> dict[str, Any]:
+        await self._desk.retry(id, key=key)
+        return await self.job(id)
+
+    async def clear(self, include_running: Any = False) -> dict[str, Any]:
+        return {"cleared": await self._desk.clear(include_running=check_flag("include_running", include_running))}
+
+    async def purge_failed(self, max_age_hours: Any = 24) -> dict[str, Any]:
+        hours = check_number("max_age_hours", max_age_hours, most=1e6)
+        return {"purged": await self._desk.purge(("failed",), older_than_ms=int(hours * 3_600_000))}
+
+    async def clear_inactive_workers(self, threshold_seconds: Any = 300) -> dict[str, Any]:
+        seconds = check_number("threshold_seconds", threshold_seconds)
+        return {"cleared": await self._desk.clear_inactive_workers(int(seconds * 1000))}
+
+    async def release_stuck(self, threshold_seconds: Any = DEFAULT_STUCK_SECONDS) -> dict[str, Any]:
+        threshold = check_number("threshold_seconds", threshold_seconds)
+        stuck = self._desk.stuck(int(threshold * 1000))
+        released: list[str] = []
+        if stuck:
+            # Two ids at least, so that one that moved on meanwhile is skipped rather than refused.
+            ids = [verdict.held.job for verdict in stuck]
+            released = await self._desk.release([*ids, ids[0]], "stuck", key="")
+        return {"released": len(released), "ids": released}
+
+    # -- the populator, the daemons, alerts -----------------------------------------------------------------------
+
+    async def populator(self) -> dict[str, Any]:
+        """The populator's health: ``{"is_healthy", "message", "details"}``."""
+        return await self._populator.health()
+
+    async def populate(self, force: Any = False) -> dict[str, Any]:
+        return {"added": await self._populator.populate(force=check_flag("force", force))}
+
+    async def daemons(self) -> dict[str, Any]:
+        return self._supervisor.as_json()
+
+    async def daemon_restart(self, type: str) -> dict[str, Any]:
+        daemon = self._supervisor.get(type)
+        await self._supervisor.on_loop(lambda: self._supervisor.restart(daemon))
+        return {"daemon": str(daemon.type), **daemon.as_json()}
+
+    async def daemon_start(self, type: str) -> dict[str, Any]:
+        daemon = self._supervisor.get(type)
+
+        async def start() -> None:
+            self._supervisor.start(daemon)
+
+        await self._supervisor.on_loop(start)
+        return {"daemon": str(daemon.type), **daemon.as_json()}
+
+    async def daemon_stop(self, type: str) -> dict[str, Any]:
+        daemon = self._supervisor.get(type)
+        await self._supervisor.on_loop(lambda: self._supervisor.stop(daemon))
+        return {"daemon": str(daemon.type), **daemon.as_json()}
+
+    async def raise_alert(self, name: Any, message: Any = "", severity: Any = "warning") -> dict[str, Any]:
+        name = check_text("name", name, most=100)
+        if severity not in ("info", "warning", "critical"):
+            raise InvalidInput("severity", "must be one of info, warning, critical")
+        text = check_text("message", message or name, most=2_000)
+        raised = self._alerts.raise_alert(name, text, self._desk.now_ms(), severity=severity)
+        return {"alert": name, "raised": raised}
+
+
+def _nest(totals: dict[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    nested: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for (kind, what), n in sorted(totals.items()):
+        nested[kind][what] = n
+    return dict(nested)
+
+
+def _stuck_row(verdict: Verdict, now_ms: int) -> dict[str, Any]:
+    held = verdict.held
+    return {
+        "id": held.job,
+        "kind": held.kind,
+        "worker": held.worker,
+        "attempt": held.attempt,
+        "claimed_at": held.claimed_ms / 1000,
+        "started_at": held.started_ms / 1000 if held.started_ms is not None else None,
+        "seconds_in_progress": (now_ms - held.claimed_ms) / 1000,
+        "cause": verdict.cause,
+        "reason": verdict.reason,
+    }
+
+
+def _why_waiting(record: dict[str, Any], now_ms: int) -> str:
+    if record["unfinished_dependencies"]:
+        n = record["unfinished_dependencies"]
+        return f"waits for {n} unfinished dependenc{'ies' if n > 1 else 'y'}"
+    left = max((record["not_before"] or 0) - now_ms / 1000, 0.0)
+    why = record["reason"] or "not before its time"
+    return f"{why}; due in {left:.0f} s"

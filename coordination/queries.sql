@@ -1,0 +1,117 @@
+-- Every statement of the queue, by name. `-- name: X` begins one; what follows on that line says what it is for.
+
+-- name: insert_job | a new job
+INSERT INTO jobs (seq, id, kind, grp, state, priority, shape, max_attempts, backoff_ms, timeout_ms, blockers, ready_ms,
+                  moves, created_ms, unique_key, reason, spec)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?, ?, ?)
+
+-- name: insert_history | one transition
+INSERT INTO history (seq, n, at_ms, state, attempt, worker, reason) VALUES (?, ?, ?, ?, ?, ?, ?)
+
+-- name: trim_history | forget a transition from the middle of a long story; the first ones stay
+DELETE FROM history WHERE seq = ? AND n = ?
+
+-- name: job_row | what every rule needs to know of a job, by id
+SELECT seq, id, kind, grp, state, shape, attempt, failures, max_attempts, backoff_ms, moves, worker, ready_ms, blockers
+FROM jobs WHERE id = ?
+
+-- name: job_row_by_seq | the same, by number
+SELECT seq, id, kind, grp, state, shape, attempt, failures, max_attempts, backoff_ms, moves, worker, ready_ms, blockers
+FROM jobs WHERE seq = ?
+
+-- name: unfinished_by_key | the job that holds a unique key now
+SELECT id FROM jobs WHERE unique_key = ? AND state IN ('waiting', 'pending', 'claimed', 'running')
+
+-- name: claim_job | begin an attempt
+UPDATE jobs SET state = 'claimed', attempt = attempt + 1, token = ?, worker = ?, gpus = ?, claimed_ms = ?,
+                started_ms = NULL, finished_ms = NULL, exit_code = NULL, moves = moves + 1, reason = NULL
+WHERE seq = ? AND state = 'pending'
+RETURNING id, kind, grp, shape, attempt, timeout_ms, moves, spec
+
+-- name: begin_job | its process runs
+UPDATE jobs SET state = 'running', started_ms = ?, moves = moves + 1 WHERE seq = ?
+
+-- name: end_job | completed, failed or cancelled
+UPDATE jobs SET state = ?, finished_ms = ?, started_ms = coalesce(started_ms, ?), result = ?, error = ?, exit_code = ?,
+                failures = ?, reason = ?, moves = ? WHERE seq = ?
+
+-- name: requeue_job | back to pending or waiting
+UPDATE jobs SET state = ?, ready_ms = ?, failures = ?, error = coalesce(?, error), exit_code = ?, reason = ?,
+                worker = NULL, gpus = NULL, moves = ? WHERE seq = ?
+
+-- name: restart_job | a retry by hand: all attempts anew
+UPDATE jobs SET state = 'pending', ready_ms = 0, failures = 0, blockers = 0, error = NULL, exit_code = NULL,
+                result = NULL, finished_ms = NULL, worker = NULL, gpus = NULL, reason = ?, moves = ? WHERE seq = ?
+
+-- name: due_jobs | waiting jobs whose time has come
+SELECT seq FROM jobs INDEXED BY jobs_due WHERE state = 'waiting' AND blockers = 0 AND ready_ms <= ?
+ORDER BY ready_ms, seq LIMIT ?
+
+-- name: next_due | when the next waiting job is due
+SELECT min(ready_ms) FROM jobs INDEXED BY jobs_due WHERE state = 'waiting' AND blockers = 0
+
+-- name: wake_job | its time has come
+UPDATE jobs SET state = 'pending', moves = moves + 1, reason = NULL WHERE seq = ?
+RETURNING id, kind, grp, shape, attempt, moves
+
+-- name: set_blockers | a dependency is done
+UPDATE jobs SET blockers = ? WHERE seq = ?
+
+-- name: dependents | who waits for this job
+SELECT seq FROM deps WHERE dep = ? ORDER BY seq
+
+-- name: ready_heads | the best pending jobs of a shape
+SELECT seq, priority FROM jobs INDEXED BY jobs_ready WHERE state = 'pending' AND shape = ?
+ORDER BY priority DESC, seq LIMIT ?
+
+-- name: unstarted_slice | what a clear drops
+SELECT seq FROM jobs INDEXED BY jobs_by_state WHERE state = ? AND seq <= ? ORDER BY seq LIMIT ?
+
+-- name: held_by | the jobs a worker has
+SELECT id FROM jobs INDEXED BY jobs_held WHERE worker = ? AND state IN ('claimed', 'running') ORDER BY seq
+
+-- name: done_before | finished jobs old enough to forget
+SELECT seq, finished_ms FROM jobs INDEXED BY jobs_done WHERE state = ? AND state IN ('completed', 'failed', 'cancelled') AND finished_ms < ?
+ORDER BY finished_ms, seq LIMIT ?
+
+-- name: all_held | every attempt in progress, for a leader that begins its term
+SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms FROM jobs
+WHERE state = 'claimed' UNION ALL
+SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms FROM jobs WHERE state = 'running'
+
+-- name: job_record | everything about one job
+SELECT seq, id, kind, grp, state, priority, (SELECT requires FROM shapes s WHERE s.shape = j.shape), attempt, failures,
+       max_attempts, backoff_ms, timeout_ms, blockers, ready_ms, created_ms, claimed_ms, started_ms, finished_ms, worker,
+       gpus, unique_key, reason, error, exit_code, token, spec, result
+FROM jobs j WHERE id = ?
+
+-- name: job_history | its story
+SELECT n, at_ms, state, attempt, worker, reason FROM history WHERE seq = ? ORDER BY n
+
+-- name: recent_failures | newest first
+SELECT id, kind, worker, attempt, error, exit_code, finished_ms FROM jobs INDEXED BY jobs_done
+WHERE state = 'failed' ORDER BY finished_ms DESC, seq DESC LIMIT ?
+
+-- name: last_done | when a job last ended so
+SELECT max(finished_ms) FROM jobs INDEXED BY jobs_done
+WHERE state = ? AND state IN ('completed', 'failed', 'cancelled')
+
+-- name: oldest_pending | how long the oldest has waited
+SELECT created_ms FROM jobs INDEXED BY jobs_by_state WHERE state = 'pending' ORDER BY seq LIMIT 1
+
+-- name: counts | jobs by state, kind and group
+SELECT state, kind, grp, n FROM counts WHERE n > 0
+
+-- name: shape_counts | pending jobs by shape
+SELECT c.shape, c.n, s.requires FROM shape_counts c JOIN shapes s ON s.shape = c.shape WHERE c.n > 0 ORDER BY c.shape
+
+-- name: minutes_since | ends by minute
+SELECT minute, kind, what, n FROM minutes WHERE minute >= ?
+
+-- name: totals | ends since the queue was made
+SELECT kind, what, n FROM totals
+
+-- name: workers | the books of every worker
+SELECT w.worker, w.completed, w.failed,
+       (SELECT count(*) FROM jobs j INDEXED BY jobs_held WHERE j.worker = w.worker AND j.state IN ('claimed', 'running'))
+FROM workers w ORDER BY w.worker

@@ -1,0 +1,214 @@
+"""Reading the queue for people and loops. Decides nothing; every answer is one consistent snapshot.
+
+Works on a read-only connection of its own, so a slow listing never delays the state machine. One thread owns it.
+Times leave here as unix seconds (floats), as people and the operators' API use them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple, cast
+
+import apsw
+
+from coordination.sql import statements
+
+MAX_PAGE = 1_000
+SCAN_LIMIT = 20_000  # rows one page of a filtered listing may look at
+
+
+class HeldRow(NamedTuple):
+    """An attempt in progress, for the lease table of a new leader."""
+
+    job: str
+    attempt: int
+    worker: str
+    kind: str
+    state: str
+    claimed_ms: int
+    started_ms: int | None
+    timeout_ms: int
+
+
+class WorkerBook(NamedTuple):
+    worker: str
+    completed: int
+    failed: int
+    assigned: int
+
+
+def _seconds(ms: Any) -> float | None:
+    return None if ms is None else ms / 1000
+
+
+def _json(blob: Any) -> Any:
+    return None if blob is None else json.loads(blob)
+
+
+class QueueReader:
+    """Answers questions about the queue at its newest applied entry."""
+
+    def __init__(self, path: str) -> None:
+        self._db = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
+        self._db.set_busy_timeout(5_000)
+        for pragma in ("query_only=ON", "mmap_size=0", "cache_size=-4000"):
+            self._db.execute(f"PRAGMA {pragma}").fetchall()
+        self._q = statements()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _all(self, name: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        return cast(list[tuple[Any, ...]], self._db.execute(self._q[name], values).fetchall())
+
+    def _one(self, name: str, values: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
+        return cast("tuple[Any, ...] | None", self._db.execute(self._q[name], values).fetchone())
+
+    def applied(self) -> tuple[int, int]:
+        """(term, index) of the newest applied entry this connection sees."""
+        found = self._db.execute("SELECT key, value FROM meta WHERE key IN ('term', 'applied')").fetchall()
+        meta = {str(key): int(cast(int, value)) for key, value in found}
+        return meta["term"], meta["applied"]
+
+    # -- one job ---------------------------------------------------------------------------------------------------
+
+    def job(self, job_id: str, *, history: bool = True) -> dict[str, Any] | None:
+        """The whole record of a job, or None."""
+        row = self._one("job_record", (job_id,))
+        if row is None:
+            return None
+        record = _record(row)
+        if history:
+            record["history"] = [
+                {"at": at / 1000, "state": state, "attempt": attempt, "worker": worker, "reason": reason}
+                for _, at, state, attempt, worker, reason in self._all("job_history", (row[0],))
+            ]
+        return record
+
+    def jobs(
+        self, *, filters: dict[str, str], limit: int, before: int | None
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """A page of jobs, newest first, and the cursor of the next page (None at the end).
+
+        `filters` maps state, kind, grp or worker to the wanted value. A page looks at no more than SCAN_LIMIT rows, so
+        a rare match may give a short page with a cursor: more may follow.
+        """
+        columns = ("state", "kind", "grp", "worker")
+        assert all(name in columns for name in filters)
+        indexed = "state = :state AND " if "state" in filters else ""
+        rest = " AND ".join(f"{name} = :{name}" for name in filters if name != "state") or "1"
+        # The column names come from the tuple above, never from the caller.
+        scan = (
+            f"SELECT seq, id, ({rest}) AS hit FROM jobs WHERE {indexed} seq < :before "  # noqa: S608
+            f"ORDER BY seq DESC LIMIT {SCAN_LIMIT}"
+        )
+        values = {**filters, "before": before if before is not None else 1 << 62}
+        found: list[dict[str, Any]] = []
+        seen, last = 0, None
+        with self._db:
+            for seq, job_id, hit in self._db.execute(scan, values):
+                seen, last = seen + 1, cast(int, seq)
+                if hit:
+                    record = self.job(cast(str, job_id), history=False)
+                    assert record is not None
+                    found.append(record)
+                    if len(found) == limit:
+                        return found, last
+        return found, last if seen == SCAN_LIMIT else None
+
+    def recent_failures(self, limit: int) -> list[dict[str, Any]]:
+        """Newest first: ``{id, kind, worker, attempt, error, exit_code, failed_at}``."""
+        return [
+            {
+                "id": job_id,
+                "kind": kind,
+                "worker": worker,
+                "attempt": attempt,
+                "error": error,
+                "exit_code": exit_code,
+                "failed_at": _seconds(finished),
+            }
+            for job_id, kind, worker, attempt, error, exit_code, finished in self._all("recent_failures", (limit,))
+        ]
+
+    # -- sums --------------------------------------------------------------------------------------------------------
+
+    def counts(self) -> list[tuple[str, str, str, int]]:
+        """(state, kind, group, jobs)."""
+        return cast(list[tuple[str, str, str, int]], self._all("counts"))
+
+    def shapes(self) -> list[tuple[int, int, str]]:
+        """(shape, pending jobs, requirements as JSON)."""
+        return cast(list[tuple[int, int, str]], self._all("shape_counts"))
+
+    def ends_since(self, minute: int) -> list[tuple[int, str, str, int]]:
+        """(minute, kind, what, jobs) for what in submitted, completed, failed, cancelled, retried."""
+        return cast(list[tuple[int, str, str, int]], self._all("minutes_since", (minute,)))
+
+    def totals(self) -> dict[tuple[str, str], int]:
+        """(kind, what) -> jobs since the queue was made; what as in `ends_since`."""
+        return {(kind, what): n for kind, what, n in self._all("totals")}
+
+    def oldest_pending_ms(self) -> int | None:
+        row = self._one("oldest_pending")
+        return None if row is None else int(row[0])
+
+    def last_completion_ms(self) -> int | None:
+        row = self._one("last_done", ("completed",))
+        return None if row is None or row[0] is None else int(row[0])
+
+    def next_due_ms(self) -> int | None:
+        """When the next waiting job is due."""
+        row = self._one("next_due")
+        return None if row is None or row[0] is None else int(row[0])
+
+    def last_seq(self) -> int:
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'seq'").fetchone()
+        return int(cast(int, cast(Any, row)[0]))
+
+    def workers(self) -> list[WorkerBook]:
+        return [WorkerBook(*row) for row in self._all("workers")]
+
+    def held(self) -> list[HeldRow]:
+        return [HeldRow(*row) for row in self._all("all_held")]
+
+
+def _record(row: tuple[Any, ...]) -> dict[str, Any]:
+    (_, job_id, kind, group, state, priority, requires, attempt, failures, max_attempts, *rest) = row
+    (backoff, timeout, blockers, ready, created, claimed, started, finished, worker, gpus, *rest) = rest
+    (unique_key, reason, error, exit_code, token, spec, result) = rest
+    carried = json.loads(spec)
+    return {
+        "id": job_id,
+        "kind": kind,
+        "state": state,
+        "priority": priority,
+        "group": group,
+        "command": carried["command"],
+        "params": carried.get("params", {}),
+        "requires": json.loads(requires),
+        "worker": worker,
+        "attempt": attempt,
+        "failed_attempts": failures,
+        "max_attempts": max_attempts,
+        "retry_backoff_seconds": backoff / 1000,
+        "timeout_seconds": timeout / 1000 if timeout else None,
+        "grace_seconds": carried.get("grace_seconds"),
+        "fence": carried.get("fence", "attempt"),
+        "token": token,
+        "gpus": json.loads(gpus) if gpus else [],
+        "env": carried.get("env", {}),
+        "cwd": carried.get("cwd"),
+        "depends_on": carried.get("depends_on", []),
+        "unfinished_dependencies": blockers,
+        "unique_key": unique_key,
+        "not_before": _seconds(ready) if ready else None,
+        "created_at": _seconds(created),
+        "claimed_at": _seconds(claimed),
+        "started_at": _seconds(started),
+        "finished_at": _seconds(finished),
+        "reason": reason,
+        "error": error,
+        "exit_code": exit_code,
+        "result": _json(result),
+    }

@@ -1,0 +1,811 @@
+"""The work queue as a deterministic state machine: ``apply(index, command) -> outcome`` on SQLite.
+
+Decides every rule of DESIGN §5: which transition is legal, what a finish unblocks, what a failure costs. Decides
+nothing about time, ids or placement: those come inside the command (`coordination.commands`). It reads no clock and no
+random source, and every SELECT that feeds a decision has a total order, so that each voter that applies the same
+entries holds the same rows (PROTOCOL §2.23). One thread owns the connection. Reading for people is
+`coordination.queue_reads`; how entries get here is `p2p.driver`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, cast
+
+import apsw
+
+from coordination import commands as c
+from coordination.errors import Refused
+from coordination.events import Event
+from coordination.events import EventType as E
+from coordination.job import FINISHED, IN_PROGRESS, NOT_STARTED, JobState
+from coordination.retry import backoff_ms
+from coordination.sql import schema, statements
+
+S = JobState
+SCHEMA_VERSION = 1
+MAX_HISTORY = 100  # transitions kept of one job; its first ten stay for ever
+MAX_ERROR_CHARS = 8_000
+MAX_KEYS = 500_000
+KEY_AGE_MS = 86_400_000
+
+# The legal transitions and what each one means. tests/unit/coordination draw this table into docs/architecture.md.
+EDGES: dict[tuple[JobState | None, JobState], str] = {
+    (None, S.PENDING): "submitted",
+    (None, S.WAITING): "submitted with dependencies or not_before",
+    (None, S.CANCELLED): "submitted after a dependency had failed",
+    (S.WAITING, S.PENDING): "its time came, or its last dependency completed",
+    (S.WAITING, S.CANCELLED): "cancelled, or a dependency failed",
+    (S.PENDING, S.CLAIMED): "placed on a worker: a new attempt",
+    (S.PENDING, S.CANCELLED): "cancelled",
+    (S.CLAIMED, S.RUNNING): "its process started",
+    (S.CLAIMED, S.PENDING): "released, or the attempt failed without backoff",
+    (S.CLAIMED, S.WAITING): "the attempt failed; backoff",
+    (S.CLAIMED, S.COMPLETED): "",
+    (S.CLAIMED, S.FAILED): "the last attempt failed",
+    (S.CLAIMED, S.CANCELLED): "cancelled",
+    (S.RUNNING, S.PENDING): "released, or the attempt failed without backoff",
+    (S.RUNNING, S.WAITING): "the attempt failed; backoff",
+    (S.RUNNING, S.COMPLETED): "exit 0",
+    (S.RUNNING, S.FAILED): "the last attempt failed",
+    (S.RUNNING, S.CANCELLED): "cancelled",
+    (S.FAILED, S.PENDING): "retried by hand",
+    (S.CANCELLED, S.PENDING): "retried by hand",
+}
+del EDGES[(S.CLAIMED, S.COMPLETED)]  # an attempt that ended before its start was reported passes through running
+
+
+class Claimed(NamedTuple):
+    """What a claim gives a worker of one job. `spec` is JSON."""
+
+    id: str
+    kind: str
+    attempt: int
+    token: int
+    timeout_ms: int
+    gpus: str | None
+    spec: bytes
+    requires: str  # JSON
+
+
+class Head(NamedTuple):
+    """A pending job as placement sees it: its number, its priority and its requirements' shape."""
+
+    seq: int
+    priority: int
+    shape: int
+
+
+class _Row(NamedTuple):
+    seq: int
+    id: str
+    kind: str
+    group: str
+    state: str
+    shape: int
+    attempt: int
+    failures: int
+    max_attempts: int
+    backoff_ms: int
+    moves: int
+    worker: str | None
+    ready_ms: int
+    blockers: int
+
+
+class QueueState:
+    """Owns the tables of ``schema.sql`` on one writing connection. Not thread-safe: one thread applies."""
+
+    def __init__(self, path: str) -> None:
+        """Opens or creates the database file at `path`."""
+        self._db = apsw.Connection(path)
+        self._db.set_busy_timeout(5_000)
+        self._run = self._db.execute
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=NORMAL",
+            "wal_autocheckpoint=0",
+            "mmap_size=0",
+            "cache_size=-16000",
+            "temp_store=MEMORY",
+        ):
+            self._run(f"PRAGMA {pragma}").fetchall()
+        if not self._run("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone():
+            with self._db:
+                self._run(schema())
+                self._run(
+                    "INSERT INTO meta VALUES ('schema', ?), ('applied', 0), ('term', 0), ('now', 0), ('seq', 0)",
+                    (SCHEMA_VERSION,),
+                )
+        meta = {str(key): int(cast(int, value)) for key, value in self._run("SELECT key, value FROM meta")}
+        if meta["schema"] != SCHEMA_VERSION:
+            raise Refused(409, f"{path} has queue schema {meta['schema']}; this build reads {SCHEMA_VERSION}")
+        self._q = statements()
+        self.applied_index = meta["applied"]
+        self.applied_term = meta["term"]
+        self.now_ms = meta["now"]
+        self._seq = meta["seq"]
+        self._shapes: dict[str, int] = {
+            str(r): int(cast(int, s)) for s, r in self._run("SELECT shape, requires FROM shapes")
+        }
+        self._requires: dict[int, str] = {shape: requires for requires, shape in self._shapes.items()}
+        self._ready: dict[int, int] = {
+            int(cast(int, s)): int(cast(int, n)) for s, n in self._run("SELECT shape, n FROM shape_counts")
+        }
+        # Sums that other threads may glance at as hints; single integers, so a read is never torn.
+        self.pending_total = sum(self._ready.values())
+        self.waiting_total = self._count("waiting")
+        self.unfinished_total = sum(self._count(state) for state in (*NOT_STARTED, *IN_PROGRESS))
+        self._events: list[Event] = []
+        self._clear_deltas()
+        self._handlers: dict[type[Any], Callable[[int, Any], Any]] = {
+            c.Submit: self._on_submit,
+            c.Claim: self._on_claim,
+            c.Begin: self._on_begin,
+            c.Finish: self._on_finish,
+            c.Expire: self._on_expire,
+            c.Release: self._on_release,
+            c.Cancel: self._on_cancel,
+            c.Retry: self._on_retry,
+            c.Wake: self._on_wake,
+            c.Clear: self._on_clear,
+            c.Prune: self._on_prune,
+            c.ForgetWorkers: self._on_forget_workers,
+        }
+
+    def _count(self, state: str) -> int:
+        row = self._run("SELECT coalesce(sum(n), 0) FROM counts WHERE state = ?", (state,)).fetchone()
+        return cast(int, cast(Any, row)[0])
+
+    def _clear_deltas(self) -> None:
+        self._counts: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self._ready_delta: defaultdict[int, int] = defaultdict(int)
+        self._minutes: defaultdict[tuple[int, str, str], int] = defaultdict(int)
+        self._workers: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    # -- applying ------------------------------------------------------------------------------------------------
+
+    def apply_batch(self, entries: Iterable[tuple[int, int, bytes]]) -> list[tuple[Any, list[Event]]]:
+        """Applies committed entries ``(index, term, body)`` in one transaction; answers (result, events) for each.
+
+        An empty body is a leader's no-op. A `Refused` result means the command broke a rule and changed nothing.
+        Entries at or below `applied_index` are a replay after a crash and are skipped (their answer is None).
+        """
+        answers: list[tuple[Any, list[Event]]] = []
+        self._run("BEGIN IMMEDIATE")
+        try:
+            for index, term, body in entries:
+                answers.append(self._apply(index, term, body))
+            self._flush()
+        except BaseException:
+            self._run("ROLLBACK")
+            raise
+        self._run("COMMIT")
+        return answers
+
+    def _apply(self, index: int, term: int, body: bytes) -> tuple[Any, list[Event]]:
+        if index <= self.applied_index:
+            return None, []
+        assert index == self.applied_index + 1, f"entry {index} applied after {self.applied_index}"
+        self._events = []
+        result: Any = None
+        if body:
+            command = c.decode(body)
+            self.now_ms = max(self.now_ms, command.at_ms)
+            result = self._handlers[type(command)](index, command)
+        self.applied_index, self.applied_term = index, term
+        return result, self._events
+
+    def _flush(self) -> None:
+        run = self._run
+        for (state, kind, group), n in self._counts.items():
+            if n:
+                run(
+                    "INSERT INTO counts VALUES (?1,?2,?3,?4) ON CONFLICT DO UPDATE SET n = n + ?4",
+                    (state, kind, group, n),
+                )
+        for shape, n in self._ready_delta.items():
+            if n:
+                run("INSERT INTO shape_counts VALUES (?1,?2) ON CONFLICT DO UPDATE SET n = n + ?2", (shape, n))
+        for (minute, kind, what), n in self._minutes.items():
+            run(
+                "INSERT INTO minutes VALUES (?1,?2,?3,?4) ON CONFLICT DO UPDATE SET n = n + ?4", (minute, kind, what, n)
+            )
+            run("INSERT INTO totals VALUES (?1,?2,?3) ON CONFLICT DO UPDATE SET n = n + ?3", (kind, what, n))
+        for worker, (completed, failed, claimed) in self._workers.items():
+            run(
+                "INSERT INTO workers VALUES (?1,?2,?3,?4,?5) ON CONFLICT DO UPDATE SET completed = completed + ?2,"
+                " failed = failed + ?3, claimed = claimed + ?4, seen_ms = ?5",
+                (worker, completed, failed, claimed, self.now_ms),
+            )
+        for key, value in (
+            ("applied", self.applied_index),
+            ("term", self.applied_term),
+            ("now", self.now_ms),
+            ("seq", self._seq),
+        ):
+            run("UPDATE meta SET value = ? WHERE key = ?", (value, key))
+        self._clear_deltas()
+
+    def checkpoint(self) -> int:
+        """Makes everything applied durable in the main file (fsync); answers the index that now is."""
+        index = self.applied_index
+        self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        return index
+
+    def close(self) -> None:
+        """Checkpoints and closes."""
+        self.checkpoint()
+        self._db.close()
+
+    # -- bookkeeping shared by every transition ---------------------------------------------------------------------
+
+    def _moved(
+        self,
+        *,
+        seq: int,
+        n: int,
+        old: str | None,
+        new: JobState,
+        kind: str,
+        group: str,
+        shape: int,
+        attempt: int,
+        worker: str | None,
+        reason: str | None,
+    ) -> None:
+        """Writes the history and the sums of one transition; an edge that is not in the table is our own bug."""
+        assert (old, new) in EDGES, f"job {seq}: {old} -> {new} is not a transition"
+        self._run(self._q["insert_history"], (seq, n, self.now_ms, new.value, attempt, worker, reason))
+        if n > MAX_HISTORY:
+            self._run(self._q["trim_history"], (seq, n - MAX_HISTORY + 10))
+        counts = self._counts
+        counts[(new.value, kind, group)] += 1
+        if old is not None:
+            counts[(old, kind, group)] -= 1
+            if old == "pending":
+                self._ready_add(shape, -1)
+        if new is S.PENDING:
+            self._ready_add(shape, 1)
+        self.waiting_total += (new is S.WAITING) - (old == "waiting")
+        self.unfinished_total += (new not in FINISHED) - (old is not None and old not in FINISHED)
+
+    def _ready_add(self, shape: int, n: int) -> None:
+        self._ready[shape] = self._ready.get(shape, 0) + n
+        self._ready_delta[shape] += n
+        self.pending_total += n
+
+    def _tell(self, type: E, row_id: str, kind: str, **fields: Any) -> None:
+        self._events.append(Event(type, self.now_ms, {"job": row_id, "kind": kind, **fields}))
+
+    def _row(self, job_id: str) -> _Row | None:
+        row = self._run(self._q["job_row"], (job_id,)).fetchone()
+        return _Row(*cast(Any, row)) if row else None
+
+    def _row_by_seq(self, seq: int) -> _Row:
+        row = self._run(self._q["job_row_by_seq"], (seq,)).fetchone()
+        assert row is not None, f"job number {seq} is gone"
+        return _Row(*cast(Any, row))
+
+    def _remember(self, key: str, digest: str, answer: Any) -> None:
+        if key:
+            self._run("INSERT OR REPLACE INTO keys VALUES (?,?,?,?)", (key, self.now_ms, digest, json.dumps(answer)))
+
+    def _remembered(self, key: str, digest: str) -> Any:
+        """The first answer to this key, None if it is new, Refused if it came with another request."""
+        if not key:
+            return None
+        row = self._run("SELECT digest, answer FROM keys WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        if row[0] != digest:
+            return Refused(422, "this idempotency key was used for a different request", field="Idempotency-Key")
+        return json.loads(cast(str, row[1]))
+
+    # -- submit ----------------------------------------------------------------------------------------------------
+
+    def _on_submit(self, index: int, command: c.Submit) -> Any:
+        first = self._remembered(command.key, command.digest)
+        if isinstance(first, Refused):
+            return first
+        if first is not None:
+            return {**first, "created": [False] * len(first["ids"])}
+        refused = self._check_dependencies(command.jobs)
+        if refused is not None:
+            return refused
+        ids: list[str] = []
+        created: list[bool] = []
+        for job in command.jobs:
+            taken = None
+            if job.unique_key is not None:
+                taken = self._run(self._q["unfinished_by_key"], (job.unique_key,)).fetchone()
+            ids.append(str(taken[0]) if taken else job.id)
+            created.append(taken is None)
+            if taken is None:
+                self._insert(job)
+        self._remember(command.key, command.digest, {"ids": ids})
+        return {"ids": ids, "created": created}
+
+    def _check_dependencies(self, jobs: tuple[c.NewJob, ...]) -> Refused | None:
+        """Every dependency must be a known job, or one of this batch that comes before it."""
+        here: set[str] = set()
+        for at, job in enumerate(jobs):
+            for n, dep in enumerate(job.depends_on):
+                if dep not in here and self._run("SELECT 1 FROM jobs WHERE id = ?", (dep,)).fetchone() is None:
+                    prefix = f"jobs[{at}]." if len(jobs) > 1 else ""
+                    return Refused(422, f"there is no job {dep!r}", field=f"{prefix}depends_on[{n}]")
+            here.add(job.id)
+        return None
+
+    def _insert(self, job: c.NewJob) -> None:
+        self._seq += 1
+        seq = self._seq
+        shape = self._shapes.get(job.requires)
+        if shape is None:
+            shape = len(self._shapes) + 1
+            self._run("INSERT INTO shapes VALUES (?, ?)", (shape, job.requires))
+            self._shapes[job.requires] = shape
+            self._requires[shape] = job.requires
+        blockers, broken = 0, None
+        for dep in job.depends_on:
+            row = self._row(dep)
+            if row is None:  # a unique_key elsewhere in the batch took its place
+                continue
+            if row.state in (S.FAILED, S.CANCELLED):
+                broken = broken or row
+            elif row.state != S.COMPLETED:
+                self._run("INSERT OR IGNORE INTO deps VALUES (?, ?)", (row.seq, seq))
+                blockers += self._db.changes()
+        state, reason = S.PENDING, None
+        if broken is not None:
+            state, reason = S.CANCELLED, f"dependency {broken.id} {broken.state}"
+        elif blockers:
+            state, reason = S.WAITING, "waits for dependencies"
+        elif job.not_before_ms > self.now_ms:
+            state, reason = S.WAITING, "not before its time"
+        self._run(
+            self._q["insert_job"],
+            (
+                seq,
+                job.id,
+                job.kind,
+                job.group,
+                state.value,
+                job.priority,
+                shape,
+                job.max_attempts,
+                job.backoff_ms,
+                job.timeout_ms,
+                blockers,
+                job.not_before_ms,
+                self.now_ms,
+                job.unique_key,
+                reason,
+                job.spec,
+            ),
+        )
+        self._moved(
+            seq=seq,
+            n=1,
+            old=None,
+            new=state,
+            kind=job.kind,
+            group=job.group,
+            shape=shape,
+            attempt=0,
+            worker=None,
+            reason=reason,
+        )
+        self._minutes[(self.now_ms // 60_000, job.kind, "submitted")] += 1
+        self._tell(E.WORK_QUEUED, job.id, job.kind, priority=job.priority, state=state.value)
+        if broken is not None:
+            self._run("UPDATE jobs SET finished_ms = ? WHERE seq = ?", (self.now_ms, seq))
+            self._run("DELETE FROM deps WHERE seq = ?", (seq,))
+            self._tell(E.WORK_CANCELLED, job.id, job.kind, reason=reason)
+
+    # -- claim, begin, finish ----------------------------------------------------------------------------------------
+
+    def ready_shapes(self) -> list[tuple[int, int, str]]:
+        """(shape, pending jobs, requirements as JSON) of every shape with pending jobs."""
+        return [(shape, n, self._requires[shape]) for shape, n in sorted(self._ready.items()) if n > 0]
+
+    def heads(self, shape: int, limit: int) -> Iterator[Head]:
+        """The best `limit` pending jobs of a shape: priority, then first come first served."""
+        for seq, priority in self._run(self._q["ready_heads"], (shape, limit)):
+            yield Head(cast(int, seq), cast(int, priority), shape)
+
+    def _on_claim(self, index: int, command: c.Claim) -> list[Claimed]:
+        claimed: list[Claimed] = []
+        worker = command.worker
+        for pick in command.picks:
+            row = cast(
+                Any, self._run(self._q["claim_job"], (index, worker, pick.gpus, self.now_ms, pick.seq)).fetchone()
+            )
+            if row is None:
+                continue
+            job_id, kind, group, shape, attempt, timeout_ms, moves, spec = row
+            self._moved(
+                seq=pick.seq,
+                n=moves,
+                old="pending",
+                new=S.CLAIMED,
+                kind=kind,
+                group=group,
+                shape=shape,
+                attempt=attempt,
+                worker=worker,
+                reason=None,
+            )
+            self._workers[worker][2] += 1
+            self._tell(E.WORK_CLAIMED, job_id, kind, attempt=attempt, worker=worker, timeout_ms=timeout_ms)
+            claimed.append(Claimed(job_id, kind, attempt, index, timeout_ms, pick.gpus, spec, self._requires[shape]))
+        return claimed
+
+    def _on_begin(self, index: int, command: c.Begin) -> None:
+        for item in command.items:
+            row = self._row(item.id)
+            if (
+                row is not None
+                and row.attempt == item.attempt
+                and row.state == S.CLAIMED
+                and row.worker == command.worker
+            ):
+                self._begin(row, item.started_ms)
+
+    def _begin(self, row: _Row, started_ms: int) -> _Row:
+        self._run(self._q["begin_job"], (started_ms, row.seq))
+        self._moved(
+            seq=row.seq,
+            n=row.moves + 1,
+            old=row.state,
+            new=S.RUNNING,
+            kind=row.kind,
+            group=row.group,
+            shape=row.shape,
+            attempt=row.attempt,
+            worker=row.worker,
+            reason=None,
+        )
+        self._tell(E.WORK_STARTED, row.id, row.kind, attempt=row.attempt, worker=row.worker, started_ms=started_ms)
+        return row._replace(state=S.RUNNING.value, moves=row.moves + 1)
+
+    def _on_finish(self, index: int, command: c.Finish) -> list[Refused | None]:
+        return [self._finish_attempt(item) for item in command.items]
+
+    def _finish_attempt(self, item: c.AttemptDone) -> Refused | None:
+        row = self._row(item.id)
+        if row is None:
+            return Refused(404, f"there is no job {item.id!r}", field="id")
+        if row.attempt != item.attempt or row.worker != item.worker or row.state not in IN_PROGRESS:
+            if row.state == S.COMPLETED and item.ok and row.attempt == item.attempt and row.worker == item.worker:
+                return None  # the answer to the first report was lost; this is the same one again
+            return Refused(
+                409,
+                f"attempt {item.attempt} of job {item.id} by {item.worker} is not the one in progress: the job is "
+                f"{row.state}, its newest attempt is {row.attempt}",
+                field="attempt",
+            )
+        if row.state == S.CLAIMED and item.started_ms:
+            row = self._begin(row, item.started_ms)
+        worker = self._workers[item.worker]
+        if item.ok:
+            if row.state == S.CLAIMED:
+                row = self._begin(row, self.now_ms)
+            worker[0] += 1
+            self._end(row, S.COMPLETED, result=item.result, exit_code=item.exit_code, failures=row.failures)
+            self._tell(E.WORK_COMPLETED, row.id, row.kind, attempt=row.attempt, worker=row.worker)
+        else:
+            worker[1] += 1
+            self._attempt_failed(row, item.error or "failed", item.exit_code, item.retryable, item.cause, item.result)
+        return None
+
+    def _attempt_failed(
+        self, row: _Row, error: str, exit_code: int | None, retryable: bool, cause: str, result: bytes | None
+    ) -> None:
+        """Spends one attempt: back with backoff while any is left, else failed for good."""
+        error = error[:MAX_ERROR_CHARS]
+        failures = row.failures + 1
+        told = {"attempt": row.attempt, "worker": row.worker, "error": error, "exit_code": exit_code, "cause": cause}
+        if cause == "timeout":
+            self._tell(E.WORK_TIMEOUT, row.id, row.kind, **told)
+        if retryable and failures < row.max_attempts:
+            wait = backoff_ms(row.backoff_ms, failures, row.id)
+            self._requeue(row, wait=wait, failures=failures, error=error, exit_code=exit_code, reason=f"retry: {cause}")
+            self._tell(E.WORK_RETRIED, row.id, row.kind, **told, backoff_seconds=wait / 1000)
+            self._minutes[(self.now_ms // 60_000, row.kind, "retried")] += 1
+        else:
+            self._end(row, S.FAILED, error=error, exit_code=exit_code, failures=failures, reason=cause, result=result)
+            self._tell(E.WORK_FAILED, row.id, row.kind, **told)
+
+    def _requeue(
+        self, row: _Row, *, wait: int, failures: int, error: str | None, exit_code: int | None, reason: str
+    ) -> None:
+        state = S.WAITING if wait else S.PENDING
+        ready = self.now_ms + wait if wait else 0
+        self._run(
+            self._q["requeue_job"], (state.value, ready, failures, error, exit_code, reason, row.moves + 1, row.seq)
+        )
+        self._moved(
+            seq=row.seq,
+            n=row.moves + 1,
+            old=row.state,
+            new=state,
+            kind=row.kind,
+            group=row.group,
+            shape=row.shape,
+            attempt=row.attempt,
+            worker=row.worker,
+            reason=reason,
+        )
+
+    def _end(
+        self,
+        row: _Row,
+        state: JobState,
+        *,
+        result: bytes | None = None,
+        error: str | None = None,
+        exit_code: int | None = None,
+        failures: int,
+        reason: str | None = None,
+    ) -> None:
+        """Finishes a job and settles those that depend on it, however long the chain."""
+        self._run(
+            self._q["end_job"],
+            (state.value, self.now_ms, None, result, error, exit_code, failures, reason, row.moves + 1, row.seq),
+        )
+        self._moved(
+            seq=row.seq,
+            n=row.moves + 1,
+            old=row.state,
+            new=state,
+            kind=row.kind,
+            group=row.group,
+            shape=row.shape,
+            attempt=row.attempt,
+            worker=row.worker,
+            reason=reason,
+        )
+        self._minutes[(self.now_ms // 60_000, row.kind, state.value)] += 1
+        self._settle_dependents(row, state)
+
+    def _settle_dependents(self, row: _Row, state: JobState) -> None:
+        todo = [(row.seq, row.id, state)]
+        while todo:
+            dep_seq, dep_id, dep_state = todo.pop()
+            waiting = [cast(int, seq) for (seq,) in self._run(self._q["dependents"], (dep_seq,)).fetchall()]
+            if not waiting:
+                continue
+            self._run("DELETE FROM deps WHERE dep = ?", (dep_seq,))
+            for seq in waiting:
+                dependent = self._row_by_seq(seq)
+                if dependent.state != S.WAITING:
+                    continue
+                if dep_state is S.COMPLETED:
+                    self._unblock(dependent)
+                else:
+                    reason = f"dependency {dep_id} {dep_state.value}"
+                    self._cancel_unstarted(dependent, reason)
+                    todo.append((seq, dependent.id, S.CANCELLED))
+
+    def _unblock(self, row: _Row) -> None:
+        blockers = row.blockers - 1
+        assert blockers >= 0, f"job {row.id} is blocked by {blockers}"
+        self._run(self._q["set_blockers"], (blockers, row.seq))
+        if blockers == 0 and row.ready_ms <= self.now_ms:
+            self._wake(row.seq)
+
+    def _cancel_unstarted(self, row: _Row, reason: str) -> None:
+        """Cancels a job that has no attempt in progress, without looking at its dependents."""
+        self._run(
+            self._q["end_job"],
+            ("cancelled", self.now_ms, None, None, None, None, row.failures, reason, row.moves + 1, row.seq),
+        )
+        self._moved(
+            seq=row.seq,
+            n=row.moves + 1,
+            old=row.state,
+            new=S.CANCELLED,
+            kind=row.kind,
+            group=row.group,
+            shape=row.shape,
+            attempt=row.attempt,
+            worker=row.worker,
+            reason=reason,
+        )
+        self._run("DELETE FROM deps WHERE seq = ?", (row.seq,))
+        self._minutes[(self.now_ms // 60_000, row.kind, "cancelled")] += 1
+        self._tell(E.WORK_CANCELLED, row.id, row.kind, reason=reason)
+
+    # -- the leader's and the operator's verdicts ----------------------------------------------------------------------
+
+    def _on_expire(self, index: int, command: c.Expire) -> int:
+        n = 0
+        for item in command.items:
+            row = self._row(item.id)
+            if row is not None and row.attempt == item.attempt and row.state in IN_PROGRESS:
+                self._workers[row.worker or ""][1] += 1
+                self._attempt_failed(row, _verdict(item.cause, row), None, True, item.cause, None)
+                n += 1
+        return n
+
+    def _on_release(self, index: int, command: c.Release) -> Any:
+        first = self._remembered(command.key, "release")
+        if first is not None:
+            return first
+        released = []
+        for job_id in command.ids:
+            row = self._row(job_id)
+            if row is None or row.state not in IN_PROGRESS:
+                if len(command.ids) == 1:
+                    return _not_now(row, job_id, "released", "claimed or running")
+                continue
+            self._release(row, command.reason)
+            released.append(job_id)
+        self._remember(command.key, "release", released)
+        return released
+
+    def _release(self, row: _Row, reason: str) -> None:
+        self._requeue(row, wait=0, failures=row.failures, error=None, exit_code=None, reason=f"released: {reason}")
+        self._tell(E.WORK_RELEASED, row.id, row.kind, attempt=row.attempt, worker=row.worker, reason=reason)
+
+    def _on_cancel(self, index: int, command: c.Cancel) -> Any:
+        first = self._remembered(command.key, "cancel")
+        if first is not None:
+            return first
+        cancelled = []
+        for job_id in command.ids:
+            row = self._row(job_id)
+            if row is None or row.state in FINISHED:
+                if len(command.ids) == 1:
+                    return _not_now(row, job_id, "cancelled", "unfinished")
+                continue
+            self._cancel(row, command.reason)
+            cancelled.append(job_id)
+        self._remember(command.key, "cancel", cancelled)
+        return cancelled
+
+    def _cancel(self, row: _Row, reason: str) -> None:
+        if row.state in NOT_STARTED:
+            self._cancel_unstarted(row, reason)
+            self._settle_dependents(row, S.CANCELLED)
+        else:
+            self._end(row, S.CANCELLED, failures=row.failures, reason=reason)
+            self._tell(E.WORK_CANCELLED, row.id, row.kind, attempt=row.attempt, worker=row.worker, reason=reason)
+
+    def _on_retry(self, index: int, command: c.Retry) -> Any:
+        first = self._remembered(command.key, "retry")
+        if first is not None:
+            return first
+        row = self._row(command.id)
+        if row is None or row.state not in (S.FAILED, S.CANCELLED):
+            return _not_now(row, command.id, "retried", "failed or cancelled")
+        key = cast(Any, self._run("SELECT unique_key FROM jobs WHERE seq = ?", (row.seq,)).fetchone())[0]
+        holder = self._run(self._q["unfinished_by_key"], (key,)).fetchone() if key else None
+        if holder is not None:
+            return Refused(409, f"its unique_key {key!r} is held by the unfinished job {holder[0]}", field="unique_key")
+        self._run(self._q["restart_job"], ("retried by hand", row.moves + 1, row.seq))
+        self._moved(
+            seq=row.seq,
+            n=row.moves + 1,
+            old=row.state,
+            new=S.PENDING,
+            kind=row.kind,
+            group=row.group,
+            shape=row.shape,
+            attempt=row.attempt,
+            worker=None,
+            reason="retried by hand",
+        )
+        self._tell(E.WORK_QUEUED, row.id, row.kind, state="pending", reason="retried by hand")
+        self._remember(command.key, "retry", [row.id])
+        return [row.id]
+
+    def _on_wake(self, index: int, command: c.Wake) -> int:
+        due = [cast(int, s) for (s,) in self._run(self._q["due_jobs"], (self.now_ms, command.limit)).fetchall()]
+        for seq in due:
+            self._wake(seq)
+        return len(due)
+
+    def _wake(self, seq: int) -> None:
+        job_id, kind, group, shape, attempt, moves = cast(Any, self._run(self._q["wake_job"], (seq,)).fetchone())
+        self._moved(
+            seq=seq,
+            n=moves,
+            old="waiting",
+            new=S.PENDING,
+            kind=kind,
+            group=group,
+            shape=shape,
+            attempt=attempt,
+            worker=None,
+            reason=None,
+        )
+        self._tell(E.WORK_QUEUED, job_id, kind, state="pending")
+
+    def _on_clear(self, index: int, command: c.Clear) -> int:
+        n = 0
+        states = [*NOT_STARTED, *(IN_PROGRESS if command.include_running else ())]
+        for state in states:
+            found = self._run(self._q["unstarted_slice"], (state.value, command.upto_seq, command.limit - n)).fetchall()
+            for (seq,) in found:
+                row = self._row_by_seq(cast(int, seq))
+                if row.state == state:  # a dependency cancelled a moment ago may have taken it along
+                    self._cancel(row, "cleared by an operator")
+                    n += 1
+            if n >= command.limit:
+                break
+        return n
+
+    def _on_prune(self, index: int, command: c.Prune) -> int:
+        for state in command.states:
+            assert JobState(state) in FINISHED, f"a clean-up never deletes a {state} job"
+        old: list[tuple[int, int]] = []
+        for state in command.states:
+            found = self._run(self._q["done_before"], (state, command.before_ms, command.limit)).fetchall()
+            old.extend(cast(list[tuple[int, int]], found))
+        if command.keep >= 0 and len(old) < command.limit:
+            old.extend(self._beyond(command, {seq for seq, _ in old}))
+        for seq, _ in sorted(old, key=lambda item: (item[1], item[0]))[: command.limit]:
+            row = self._row_by_seq(seq)
+            self._counts[(row.state, row.kind, row.group)] -= 1
+            for statement in ("jobs", "history", "deps"):
+                self._run(f"DELETE FROM {statement} WHERE seq = ?", (seq,))  # noqa: S608 - three literals
+        self._run("DELETE FROM keys WHERE at_ms < ?", (self.now_ms - KEY_AGE_MS,))
+        self._run(
+            "DELETE FROM keys WHERE key IN (SELECT key FROM keys ORDER BY at_ms DESC, key LIMIT -1 OFFSET ?)",
+            (MAX_KEYS,),
+        )
+        self._run("DELETE FROM minutes WHERE minute < ?", (self.now_ms // 60_000 - 1_500,))
+        return min(len(old), command.limit)
+
+    def _beyond(self, command: c.Prune, taken: set[int]) -> list[tuple[int, int]]:
+        """The oldest finished jobs beyond the number to keep."""
+        total = cast(
+            int,
+            cast(
+                Any,
+                self._run(
+                    "SELECT coalesce(sum(n), 0) FROM counts WHERE state IN ('completed', 'failed', 'cancelled')"
+                ).fetchone(),
+            )[0],
+        )
+        total += sum(n for (state, _, _), n in self._counts.items() if state in FINISHED)
+        excess = min(total - len(taken) - command.keep, command.limit)
+        if excess <= 0:
+            return []
+        oldest: list[tuple[int, int]] = []
+        for state in command.states:
+            found = self._run(self._q["done_before"], (state, 1 << 62, excess + len(taken))).fetchall()
+            oldest.extend(item for item in cast(list[tuple[int, int]], found) if item[0] not in taken)
+        return sorted(oldest, key=lambda item: (item[1], item[0]))[:excess]
+
+    def _on_forget_workers(self, index: int, command: c.ForgetWorkers) -> int:
+        n = 0
+        for worker in command.workers:
+            for (job_id,) in self._run(self._q["held_by"], (worker,)).fetchall():
+                row = self._row(cast(str, job_id))
+                assert row is not None
+                self._release(row, command.reason)
+            self._run("DELETE FROM workers WHERE worker = ?", (worker,))
+            n += self._db.changes()
+            self._workers.pop(worker, None)
+        return n
+
+
+def _not_now(row: _Row | None, job_id: str, what: str, when: str) -> Refused:
+    if row is None:
+        return Refused(404, f"there is no job {job_id!r}", field="id")
+    return Refused(409, f"job {job_id} is {row.state}; only {when} jobs can be {what}", field="state")
+
+
+def _verdict(cause: str, row: _Row) -> str:
+    sentences = {
+        "lease_lapsed": f"worker {row.worker} stopped renewing its lease",
+        "timeout": f"worker {row.worker} did not end it after its timeout",
+        "never_started": f"worker {row.worker} claimed it and never started it",
+        "no_sign_of_life": "no output, progress, CPU or GPU use",
+    }
+    return sentences.get(cause, cause)

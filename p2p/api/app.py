@@ -1,0 +1,45 @@
+"""Puts the API together: one middleware for who may ask and how errors are told, then one file of routes per noun."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from p2p.api import jobs, logs, node, queue, worker
+from p2p.api.bodies import MAX_REQUEST_BYTES, check_content_type
+from p2p.api.context import CONTEXT, Context
+from p2p.api.errors import problem_of
+from p2p.api.security import SAFE_METHODS, Gate, host_names
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build(context: Context) -> web.Application:
+    """The application of one node."""
+    settings = context.settings
+    token = settings.auth_token.get_secret_value() if settings.auth_token else None
+    gate = Gate(token, host_names(settings.advertise) | {settings.host})
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            await gate.check(request)
+            if request.method not in SAFE_METHODS:
+                check_content_type(request)
+            return await handler(request)
+        except Exception as error:
+            return problem_of(error).response()
+
+    app = web.Application(middlewares=[guard], client_max_size=MAX_REQUEST_BYTES)
+    app[CONTEXT] = context
+    node.prepare(app)
+
+    async def stop(app: web.Application) -> None:
+        context.stopping.set()
+        context.dispatcher.wake_parked()
+
+    app.on_shutdown.insert(0, stop)
+    for part in (node, jobs, logs, worker, queue):
+        app.add_routes(part.routes)
+    return app

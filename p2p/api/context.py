@@ -1,0 +1,106 @@
+"""What every handler needs: the node's parts, the shape of answers, and how fresh a read is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from aiohttp import web
+
+from config.settings import Settings
+from coordination.dispatcher import Dispatcher
+from coordination.errors import InvalidInput
+from coordination.events import EventBus
+from coordination.operations import Operations
+from p2p.api.bodies import is_msgpack, query_int, query_text
+from p2p.api.errors import Problem
+from p2p.driver import Progress
+
+MIN_INDEX_SECONDS = 2.0
+MAX_KEY = 200
+
+
+@dataclass(slots=True, kw_only=True)
+class Context:
+    """The parts of a running node that the API speaks to."""
+
+    settings: Settings
+    operations: Operations
+    dispatcher: Dispatcher
+    bus: EventBus
+    progress: Callable[[], Progress]
+    node_status: Callable[[], dict[str, Any]]
+    nodes: Callable[[], dict[str, Any]]
+    metrics: Callable[[], bytes]
+    attempt_folder: Callable[[str, int], Path]
+    shut_down: Callable[[], None]
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def as_of(self, consistency: str = "linearizable") -> dict[str, Any]:
+        """How fresh this node's answers are. One voter that leads is never behind itself."""
+        progress = self.progress()
+        return {
+            "term": progress.term,
+            "index": progress.applied_index,
+            "age_seconds": 0.0,
+            "consistency": consistency,
+        }
+
+    async def read_point(self, request: web.Request) -> dict[str, Any]:
+        """Honours ``?consistency=`` and ``?min_index=``; answers `as_of`. Raises Problem 503 if the index is not
+        reached in time."""
+        consistency = query_text(request, "consistency", ("linearizable", "stale")) or "linearizable"
+        wanted = query_int(request, "min_index", least=0, most=1 << 60)
+        if wanted is not None:
+            deadline = time.monotonic() + MIN_INDEX_SECONDS
+            while self.progress().applied_index < wanted:
+                if time.monotonic() > deadline:
+                    raise Problem(503, f"this node has not applied entry {wanted} yet", field="min_index")
+                await asyncio.sleep(0.02)
+        return self.as_of(consistency)
+
+
+CONTEXT: web.AppKey[Context] = web.AppKey("context", Context)
+
+
+def context(request: web.Request) -> Context:
+    return request.app[CONTEXT]
+
+
+def answer(
+    request: web.Request,
+    body: Any,
+    *,
+    status: int = 200,
+    as_of: dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+) -> web.Response:
+    """JSON for people, msgpack for who sent msgpack; freshness always in headers too."""
+    told = dict(headers or {})
+    if as_of is not None:
+        told["X-P2P-Term"] = str(as_of["term"])
+        told["X-P2P-Index"] = str(as_of["index"])
+        told["X-P2P-Age-Seconds"] = str(as_of["age_seconds"])
+        told["X-P2P-Consistency"] = as_of["consistency"]
+    if is_msgpack(request):
+        return web.Response(body=msgpack.packb(body), status=status, content_type="application/msgpack", headers=told)
+    # ASCII on the wire: a lone surrogate in somebody's text must not become an encoding error.
+    text = json.dumps(body, separators=(",", ":"))
+    return web.Response(body=text.encode("ascii"), status=status, content_type="application/json", headers=told)
+
+
+def idempotency_key(request: web.Request) -> str:
+    """The caller's ``Idempotency-Key``, or a new one. Raises InvalidInput."""
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return secrets.token_hex(12)
+    if not key or len(key) > MAX_KEY or not key.isprintable() or not key.isascii():
+        raise InvalidInput("Idempotency-Key", f"must be 1 to {MAX_KEY} printable ASCII characters")
+    return key

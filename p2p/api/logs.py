@@ -1,0 +1,152 @@
+"""``/jobs/{id}/logs``: what a job has written, live while it runs, and after."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from aiohttp import web
+
+from coordination.errors import Refused
+from p2p.api.bodies import check_query, query_int, query_text
+from p2p.api.context import Context, context
+
+routes = web.RouteTableDef()
+
+CHUNK = 64 << 10
+FOLLOW_SECONDS = 0.2
+MAX_TAIL = 1_000_000
+
+
+@routes.get("/jobs/{id}/logs")
+async def logs(request: web.Request) -> web.StreamResponse:
+    """``?stream=stdout|stderr&tail=LINES&follow=1&attempt=N``; plain text, the newest attempt unless one is named."""
+    check_query(request, "stream", "tail", "follow", "attempt")
+    stream = query_text(request, "stream", ("stdout", "stderr")) or "stdout"
+    follow = query_text(request, "follow", ("0", "1")) == "1"
+    tail = query_int(request, "tail", least=0, most=MAX_TAIL)
+    asked = query_int(request, "attempt", least=1, most=1 << 31)
+    here = context(request)
+    as_of = await here.read_point(request)
+    job = await here.operations.job(request.match_info["id"])
+    attempt = asked or job["attempt"]
+    if attempt > job["attempt"]:
+        raise Refused(404, f"job {job['id']} has no attempt {attempt}; its newest is {job['attempt']}", field="attempt")
+    folder = here.attempt_folder(job["id"], attempt)
+    exists = attempt > 0 and await asyncio.to_thread(folder.is_dir)
+    if not exists and attempt > 0 and job["finished_at"] is not None:
+        raise Refused(404, f"the logs of attempt {attempt} of job {job['id']} are no longer kept", field="attempt")
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "text/plain; charset=utf-8",
+            "X-Content-Type-Options": "nosniff",
+            "X-P2P-Attempt": str(attempt),
+            "X-P2P-Term": str(as_of["term"]),
+            "X-P2P-Index": str(as_of["index"]),
+        }
+    )
+    await response.prepare(request)
+    if attempt > 0:
+        reader = _Reader(folder, stream)
+        async for chunk in _chunks(reader.history(tail)):
+            await response.write(chunk)
+        if follow:
+            await _follow(here, response, reader, job["id"], attempt)
+    await response.write_eof()
+    return response
+
+
+async def _follow(here: Context, response: web.StreamResponse, reader: _Reader, job: str, attempt: int) -> None:
+    """Sends what is added until the attempt is over, the asker hangs up or the node stops."""
+    while not here.stopping.is_set():
+        held = here.dispatcher.leases.by_job.get(job)
+        over = held is None or held.attempt != attempt
+        async for chunk in _chunks(reader.added()):
+            await response.write(chunk)
+        if over:
+            return
+        await asyncio.sleep(FOLLOW_SECONDS)
+
+
+async def _chunks(blocking: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Reads the disk in a thread, a chunk at a time."""
+    while True:
+        chunk = await asyncio.to_thread(next, blocking, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+class _Reader:
+    """One stream of one attempt: what the cap has moved to ``.old``, then the live file."""
+
+    def __init__(self, folder: Path, stream: str) -> None:
+        self._old, self._live = folder / f"{stream}.old", folder / stream
+        self._at = 0
+
+    def history(self, tail: int | None) -> Iterator[bytes]:
+        """Everything kept, or its last `tail` lines."""
+        end = _size(self._live)
+        self._at = end
+        if tail is None:
+            yield from _read(self._old, 0, _size(self._old))
+            yield from _read(self._live, 0, end)
+            return
+        begin = _last_lines(self._live, end, tail)
+        if begin[1] > 0:
+            old_end = _size(self._old)
+            old = _last_lines(self._old, old_end, begin[1])
+            yield from _read(self._old, old[0], old_end)
+        yield from _read(self._live, begin[0], end)
+
+    def added(self) -> Iterator[bytes]:
+        """What was written since the last look; from the beginning if the log cap has cut the file meanwhile."""
+        end = _size(self._live)
+        if end < self._at:
+            self._at = 0
+        begin, self._at = self._at, end
+        yield from _read(self._live, begin, end)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    if begin >= end:
+        return
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(begin)
+        left = end - begin
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            left -= len(chunk)
+            yield chunk
+
+
+def _last_lines(path: Path, end: int, wanted: int) -> tuple[int, int]:
+    """(where the last `wanted` lines begin, how many of them are missing)."""
+    if wanted == 0 or end == 0:
+        return end, wanted
+    at, found = end, 0
+    with path.open("rb") as file:
+        while at > 0:
+            begin = max(at - CHUNK, 0)
+            file.seek(begin)
+            block = file.read(at - begin)
+            if at == end and block.endswith(b"\n"):
+                block = block[:-1]
+            cut = len(block)
+            while (cut := block.rfind(b"\n", 0, cut)) >= 0:
+                found += 1
+                if found == wanted:
+                    return begin + cut + 1, 0
+            at = begin
+    return 0, wanted - found - 1

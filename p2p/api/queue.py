@@ -1,0 +1,146 @@
+"""The queue's pages and the runbook's recoveries; the populator, the daemons, alerts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from aiohttp import web
+from pydantic import Field
+
+from coordination.job import Closed, Number, Text
+from coordination.operations import DEFAULT_STUCK_SECONDS
+from p2p.api.bodies import check_query, query_int, query_number, read_model
+from p2p.api.context import answer, context
+
+routes = web.RouteTableDef()
+
+
+class ClearBody(Closed):
+    include_running: bool = False
+
+
+class PurgeBody(Closed):
+    max_age_hours: Number = Field(24.0, ge=0, le=1e6)
+
+
+class InactiveBody(Closed):
+    threshold_seconds: Number = Field(300.0, ge=0, le=1e9)
+
+
+class StuckBody(Closed):
+    threshold_seconds: Number = Field(DEFAULT_STUCK_SECONDS, ge=0, le=1e9)
+
+
+class PopulateBody(Closed):
+    force: bool = False
+
+
+class AlertBody(Closed):
+    name: Text = Field(min_length=1, max_length=100)
+    message: Text = Field("", max_length=2_000)
+    severity: Literal["info", "warning", "critical"] = "warning"
+
+
+class Nothing(Closed):
+    """A body with no fields."""
+
+
+@routes.get("/work_queue_status")
+async def work_queue_status(request: web.Request) -> web.Response:
+    check_query(request)
+    as_of = await context(request).read_point(request)
+    status = await context(request).operations.queue_status()
+    return answer(request, {**status, "as_of": as_of}, as_of=as_of)
+
+
+@routes.get("/work_assignment_status")
+async def work_assignment_status(request: web.Request) -> web.Response:
+    """``{worker: {"assigned", "completed", "failed", "last_heartbeat"}}`` and nothing else at the top level."""
+    check_query(request)
+    as_of = await context(request).read_point(request)
+    return answer(request, await context(request).operations.assignment_status(), as_of=as_of)
+
+
+@routes.get("/work_queue/stuck")
+async def stuck(request: web.Request) -> web.Response:
+    check_query(request, "threshold_seconds")
+    as_of = await context(request).read_point(request)
+    threshold = query_number(request, "threshold_seconds")
+    told = await context(request).operations.stuck(DEFAULT_STUCK_SECONDS if threshold is None else threshold)
+    return answer(request, {**told, "as_of": as_of}, as_of=as_of)
+
+
+@routes.get("/work_queue/failures")
+async def failures(request: web.Request) -> web.Response:
+    check_query(request, "limit")
+    as_of = await context(request).read_point(request)
+    limit = query_int(request, "limit", least=1, most=1000) or 20
+    return answer(request, {**await context(request).operations.failures(limit), "as_of": as_of}, as_of=as_of)
+
+
+@routes.post("/work_queue/clear")
+async def clear(request: web.Request) -> web.Response:
+    check_query(request)
+    body = await read_model(request, ClearBody)
+    return answer(request, await context(request).operations.clear(body.include_running))
+
+
+@routes.post("/work_queue/purge_failed")
+async def purge_failed(request: web.Request) -> web.Response:
+    check_query(request)
+    body = await read_model(request, PurgeBody)
+    return answer(request, await context(request).operations.purge_failed(body.max_age_hours))
+
+
+@routes.post("/work_queue/clear_inactive_workers")
+async def clear_inactive_workers(request: web.Request) -> web.Response:
+    check_query(request)
+    body = await read_model(request, InactiveBody)
+    return answer(request, await context(request).operations.clear_inactive_workers(body.threshold_seconds))
+
+
+@routes.post("/work_queue/release_stuck")
+async def release_stuck(request: web.Request) -> web.Response:
+    check_query(request)
+    body = await read_model(request, StuckBody)
+    return answer(request, await context(request).operations.release_stuck(body.threshold_seconds))
+
+
+@routes.get("/populator")
+async def populator(request: web.Request) -> web.Response:
+    check_query(request)
+    return answer(request, await context(request).operations.populator(), as_of=context(request).as_of())
+
+
+@routes.post("/populator/populate")
+async def populate(request: web.Request) -> web.Response:
+    check_query(request)
+    body = await read_model(request, PopulateBody)
+    return answer(request, await context(request).operations.populate(body.force))
+
+
+@routes.get("/daemons")
+async def daemons(request: web.Request) -> web.Response:
+    check_query(request)
+    return answer(request, await context(request).operations.daemons(), as_of=context(request).as_of())
+
+
+@routes.post("/daemons/{type}/{verb:restart|start|stop}")
+async def daemon(request: web.Request) -> web.Response:
+    check_query(request)
+    await read_model(request, Nothing)
+    operations = context(request).operations
+    act = {
+        "restart": operations.daemon_restart,
+        "start": operations.daemon_start,
+        "stop": operations.daemon_stop,
+    }[request.match_info["verb"]]
+    return answer(request, await act(request.match_info["type"]))
+
+
+@routes.post("/alerts")
+async def raise_alert(request: web.Request) -> web.Response:
+    """``{"name", "message", "severity"}`` -> ``{"alert", "raised"}``."""
+    check_query(request)
+    body = await read_model(request, AlertBody)
+    return answer(request, await context(request).operations.raise_alert(body.name, body.message, body.severity))

@@ -1,0 +1,394 @@
+"""The two loops around running jobs: `JobReaperLoop` on the leader gives up attempts nobody answers for, and
+`WorkerPullLoop` on every node pulls jobs that fit, has them run, and reports how they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from config.settings import WorkerSettings
+from coordination.commands import AttemptDone
+from coordination.dispatcher import Beat, Dispatcher, Room
+from coordination.errors import OutcomeUnknown, Refused
+from coordination.leases import Claimant, Signs, Verdict
+from p2p.driver import Overloaded
+from p2p.loops.base import Loop
+from p2p.runner.client import ActivitySample, AttemptReport, RunnerClient, RunnerUnavailable, StartSpec
+from p2p.workplace import MAX_PROGRESS_BYTES, MAX_RESULT_BYTES, Key, LocalJob, Workplace, read_json
+
+log = logging.getLogger(__name__)
+
+OVERDUE_SLACK_MS = 90_000  # beyond its timeout and grace an attempt is its worker's to end; then the leader gives it up
+REPORT_BATCH = 500
+CLAIM_BATCH = 128
+BEAT_GAP_SECONDS = 0.05  # starts are told at once, but not one by one
+RETRY_SECONDS = 0.5
+FOLDER_PRUNE_SECONDS = 300.0
+STRICT_SHARE = 0.8  # of a lease: a strict job is stopped this long after the last renewal (PROTOCOL §1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobReaperConfig:
+    """When the reaper acts; seconds. A lapsed lease is always acted on at once."""
+
+    stale_job_threshold_seconds: float = 1800  # claimed for this long and never started
+    stuck_job_threshold_seconds: float = 3600  # in progress this long without any sign of life
+    max_jobs_to_reap_per_cycle: int = 10
+    interval_seconds: float = 5
+
+
+class JobReaperLoop(Loop):
+    """Gives up attempts with a reason: lease lapsed, own timeout passed, never started, or no sign of life. Never one
+    that is merely old."""
+
+    name = "JobReaperLoop"
+
+    def __init__(self, dispatcher: Dispatcher, config: JobReaperConfig | None = None) -> None:
+        self.config = config or JobReaperConfig()
+        super().__init__(self.config.interval_seconds)
+        self._desk = dispatcher
+        self.stats.update(jobs_reaped=0)
+
+    async def turn(self) -> None:
+        verdicts = self.verdicts()
+        now = verdicts[: self.config.max_jobs_to_reap_per_cycle]
+        reaped = await self._desk.expire(now)
+        self.stats["jobs_reaped"] += reaped
+        for verdict in now:
+            self.stats[verdict.cause] += 1
+        if len(verdicts) > len(now):
+            self.poke()  # the rest need not wait a whole interval
+
+    def verdicts(self) -> list[Verdict]:
+        """The attempts to give up now, each once, longest in progress first."""
+        desk, config = self._desk, self.config
+        now, now_ms = desk.mono_ms(), desk.now_ms()
+        found: dict[str, Verdict] = {}
+        for verdict in (
+            *desk.leases.lapsed(now),
+            *desk.leases.overdue(now_ms, OVERDUE_SLACK_MS),
+            *desk.leases.never_started(now_ms, int(config.stale_job_threshold_seconds * 1000)),
+            *desk.leases.stuck(now, now_ms, int(config.stuck_job_threshold_seconds * 1000), OVERDUE_SLACK_MS),
+        ):
+            found.setdefault(verdict.held.job, verdict)
+        return sorted(found.values(), key=lambda verdict: (verdict.held.claimed_ms, verdict.held.job))
+
+
+class Desk(Protocol):
+    """What a worker needs of whoever leads: `Dispatcher` itself on the leader's node."""
+
+    def make_room(self, room: Room) -> None: ...
+    def claim(self, worker: str, *, wait_seconds: float) -> Awaitable[tuple[list[dict[str, Any]], list[Claimant]]]: ...
+    def heartbeat(self, worker: str, beats: list[Beat], *, first: bool) -> Awaitable[tuple[list[str], list[str]]]: ...
+    def finish(self, items: tuple[AttemptDone, ...]) -> Awaitable[list[Refused | None]]: ...
+    def mono_ms(self) -> int: ...
+
+
+class WorkerPullLoop(Loop):
+    """Pulls, starts, renews, reports. The runner's records are the durable outbox: an end stays there until the leader
+    has taken it, so one lost report loses nothing."""
+
+    name = "WorkerPullLoop"
+
+    def __init__(
+        self,
+        desk: Desk,
+        workplace: Workplace,
+        runner_folder: Path,
+        settings: WorkerSettings,
+        *,
+        heartbeat_seconds: float,
+        lease_seconds: float,
+    ) -> None:
+        super().__init__(RETRY_SECONDS)
+        self._desk, self.workplace, self._settings = desk, workplace, settings
+        self._heartbeat_seconds, self._lease_seconds = heartbeat_seconds, lease_seconds
+        self.runner = RunnerClient(runner_folder, on_report=self._on_report, on_lost=self._on_lost)
+        self._ends: dict[Key, AttemptReport] = {}
+        self._end_ready, self._beat_soon, self._lost = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._stopping: set[Key] = set()
+        self._renewed_at = 0
+        self.accepting = True
+        self.stats.update(jobs_pulled=0, pull_failures=0, jobs_reported=0, reports_refused=0)
+
+    def running_jobs(self) -> int:
+        """Attempts that run here now."""
+        return sum(not job.ended for job in self.workplace.jobs.values())
+
+    async def turn(self) -> None:
+        """One life of a connection to the runner: take up what it has, then pull until it is lost."""
+        self._lost.clear()
+        try:
+            known = await self.runner.connect()
+            await self._take_up(known)
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(work, name=f"worker-{name}")
+                    for name, work in (
+                        ("pull", self._pull()),
+                        ("beat", self._beat()),
+                        ("report", self._report()),
+                        ("tidy", self._tidy()),
+                    )
+                ]
+                await self._lost.wait()
+                for task in tasks:
+                    task.cancel()
+        except* RunnerUnavailable as group:
+            self._failed(RunnerUnavailable("; ".join(str(error) for error in group.exceptions)))
+        finally:
+            await self.runner.close()
+
+    # -- what the runner says ----------------------------------------------------------------------------------
+
+    async def _take_up(self, known: list[AttemptReport]) -> None:
+        """After a (re)start: adopt what runs, queue what ended, start again what the runner never got, tell the
+        leader what this node really has."""
+        listed = {report.key for report in known}
+        for report in known:
+            job = self.workplace.adopt(report.job, report.attempt)
+            job.told_start = False
+        self._on_report(known)
+        missing = [job for key, job in self.workplace.jobs.items() if key not in listed and not job.ended]
+        await self._begin(missing)
+        while True:
+            try:
+                await self._send_beats(list(self.workplace.jobs.values()), {}, first=True)
+                return
+            except (Refused, OutcomeUnknown, Overloaded) as error:
+                self._failed(error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    def _on_report(self, reports: list[AttemptReport]) -> None:
+        for report in reports:
+            job = self.workplace.jobs.get(report.key)
+            if job is None:
+                continue
+            if report.started_ms is not None and job.started_ms is None:
+                job.started_ms = report.started_ms
+                self._beat_soon.set()
+            if report.state in ("exited", "forgotten"):
+                job.ended = True
+                self._ends[report.key] = report
+                self._end_ready.set()
+        if self._ends:
+            self._tell_room()
+
+    def _on_lost(self) -> None:
+        self._lost.set()
+
+    def _tell_room(self) -> None:
+        place = self.workplace
+        places = min(place.places(), CLAIM_BATCH) if self.accepting else 0
+        self._desk.make_room(Room(place.free(), place.total, places))
+
+    # -- pulling -----------------------------------------------------------------------------------------------
+
+    async def _pull(self) -> None:
+        while True:
+            try:
+                self._tell_room()
+                jobs, notices = await self._desk.claim(
+                    self.workplace.node, wait_seconds=self._settings.claim_wait_seconds
+                )
+            except (Refused, OutcomeUnknown, Overloaded) as error:
+                self.stats["pull_failures"] += 1
+                self._failed(error)
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            await self._kill(notices, "cancelled")
+            self.stats["jobs_pulled"] += len(jobs)
+            await self._begin_whatever_happens([self.workplace.add(job) for job in jobs])
+
+    async def _begin_whatever_happens(self, jobs: list[LocalJob]) -> None:
+        """A claimed job that never reached the runner would wait for its lease to lapse, so a stop waits for this."""
+        work = asyncio.ensure_future(self._begin(jobs))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
+
+    async def _begin(self, jobs: list[LocalJob]) -> None:
+        if not jobs:
+            return
+        cap = self._settings.log_cap_mb << 20
+        specs = await asyncio.to_thread(_prepare_all, self.workplace, jobs, cap)
+        for job, spec in zip(jobs, specs, strict=True):
+            if isinstance(spec, str):
+                self._on_report([_never_ran(job, spec)])
+        await self.runner.start([spec for spec in specs if isinstance(spec, StartSpec)])
+
+    async def _kill(self, doomed: list[Claimant], reason: str) -> None:
+        for item in doomed:
+            job = self.workplace.jobs.get((item.job, item.attempt))
+            if job is not None and not job.ended and job.key not in self._stopping:
+                self._stopping.add(job.key)
+                grace = job.description.get("grace_seconds", 30.0)
+                await self.runner.stop(job.id, job.attempt, reason=reason, grace_seconds=grace)
+
+    # -- heartbeats --------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        """Renews every lease each period, and tells starts as they happen."""
+        loop = asyncio.get_running_loop()
+        next_full = loop.time()
+        while True:
+            self._beat_soon.clear()
+            full = loop.time() >= next_full
+            try:
+                if full:
+                    next_full = loop.time() + self._heartbeat_seconds
+                    samples = {(s.job, s.attempt): s for s in await self.runner.sample()}
+                    await self._send_beats(list(self.workplace.jobs.values()), samples, first=False)
+                else:
+                    fresh = [j for j in self.workplace.jobs.values() if j.started_ms is not None and not j.told_start]
+                    if fresh := [job for job in fresh if not job.ended]:
+                        await self._send_beats(fresh, {}, first=False)
+            except (Refused, OutcomeUnknown, Overloaded) as error:
+                self._failed(error)
+                await self._stop_strict()
+            await asyncio.sleep(BEAT_GAP_SECONDS)
+            try:
+                await asyncio.wait_for(self._beat_soon.wait(), max(next_full - loop.time(), 0))
+            except TimeoutError:
+                pass  # time for a full beat
+
+    async def _send_beats(self, jobs: list[LocalJob], samples: dict[Key, ActivitySample], *, first: bool) -> None:
+        progress = await asyncio.to_thread(_progress_of, jobs, samples) if samples else {}
+        beats = [Beat(_signs(job, samples.get(job.key), progress.get(job.key)), job.started_ms) for job in jobs]
+        stale, cancelled = await self._desk.heartbeat(self.workplace.node, beats, first=first)
+        self._renewed_at = self._desk.mono_ms()
+        for job in jobs:
+            job.told_start = job.told_start or job.started_ms is not None
+        by_id = {job.id: job for job in jobs}
+        for reason, ids in (("stale", stale), ("cancelled", cancelled)):
+            await self._kill([Claimant(by_id[i].id, by_id[i].attempt) for i in ids if i in by_id], reason)
+
+    async def _stop_strict(self) -> None:
+        """``fence: strict``: stopped before the lease could have passed to another worker."""
+        if self._desk.mono_ms() - self._renewed_at >= self._lease_seconds * 1000 * STRICT_SHARE:
+            strict = [job for job in self.workplace.jobs.values() if job.description.get("fence") == "strict"]
+            await self._kill([Claimant(job.id, job.attempt) for job in strict], "lease_lost")
+
+    # -- results -----------------------------------------------------------------------------------------------
+
+    async def _report(self) -> None:
+        """Delivers ends until the leader has taken each, then lets the runner forget them."""
+        while True:
+            await self._end_ready.wait()
+            self._end_ready.clear()
+            while self._ends:
+                batch = list(self._ends.values())[:REPORT_BATCH]
+                try:
+                    await self._deliver(batch)
+                except (Refused, OutcomeUnknown, Overloaded) as error:
+                    self._failed(error)
+                    await asyncio.sleep(RETRY_SECONDS)
+
+    async def _deliver(self, batch: list[AttemptReport]) -> None:
+        folders = [self.workplace.jobs[report.key].folder for report in batch]
+        items = await asyncio.to_thread(_ends_of, self.workplace.node, batch, folders)
+        answers = await self._desk.finish(items)
+        refused = sum(answer is not None for answer in answers)
+        self.stats["jobs_reported"] += len(batch) - refused
+        self.stats["reports_refused"] += refused  # stale attempts: somebody else has the job, or nobody wants it
+        await self.runner.ack([report.key for report in batch])
+        for report in batch:
+            del self._ends[report.key]
+            del self.workplace.jobs[report.key]
+            self._stopping.discard(report.key)
+
+    async def _tidy(self) -> None:
+        """Deletes the folders of long ended attempts."""
+        while True:
+            keep, hours = self._settings.keep_folders, self._settings.keep_folders_hours
+            self.stats["folders_deleted"] += await asyncio.to_thread(self.workplace.prune, keep, hours)
+            await asyncio.sleep(FOLDER_PRUNE_SECONDS)
+
+
+def _prepare_all(workplace: Workplace, jobs: list[LocalJob], cap: int) -> list[StartSpec | str]:
+    """For each job what the runner is to start, or why its folder could not be made."""
+    specs: list[StartSpec | str] = []
+    for job in jobs:
+        try:
+            specs.append(workplace.prepare(job, cap))
+        except OSError as error:
+            specs.append(f"its folder could not be made: {error}")
+    return specs
+
+
+def _never_ran(job: LocalJob, why: str) -> AttemptReport:
+    return AttemptReport(job=job.id, attempt=job.attempt, state="exited", reason="spawn_failed", error=why)
+
+
+def _signs(job: LocalJob, sample: ActivitySample | None, progress: bytes | None) -> Signs:
+    if sample is None:
+        return Signs(job.id, job.attempt)
+    return Signs(
+        job.id,
+        job.attempt,
+        cpu_seconds=sample.cpu_seconds,
+        output_bytes=sample.stdout_bytes + sample.stderr_bytes,
+        progress_mtime_ms=sample.progress_mtime_ms,
+        progress=progress,
+    )
+
+
+def _progress_of(jobs: list[LocalJob], samples: dict[Key, ActivitySample]) -> dict[Key, bytes]:
+    """The progress files that changed since they were last read. A half-written one is read again next time."""
+    changed: dict[Key, bytes] = {}
+    for job in jobs:
+        sample = samples.get(job.key)
+        if sample is None or sample.progress_mtime_ms <= job.progress_mtime_ms:
+            continue
+        try:
+            body = read_json(job.folder / "progress.json", MAX_PROGRESS_BYTES)
+        except ValueError:
+            continue
+        if body is not None:
+            job.progress_mtime_ms = sample.progress_mtime_ms
+            changed[job.key] = body
+    return changed
+
+
+def _ends_of(node: str, batch: list[AttemptReport], folders: list[Path]) -> tuple[AttemptDone, ...]:
+    return tuple(_end_of(node, report, folder) for report, folder in zip(batch, folders, strict=True))
+
+
+def _end_of(node: str, report: AttemptReport, folder: Path) -> AttemptDone:
+    """What the leader is told of an ended attempt; reads ``result.json``."""
+    ok = report.reason == "exit" and report.exit_code == 0
+    error = report.error
+    result: bytes | None = None
+    if report.started_ms is not None:
+        try:
+            result = read_json(folder / "result.json", MAX_RESULT_BYTES)
+        except ValueError as problem:
+            if ok:
+                ok, error = False, str(problem)
+            else:
+                error = f"{error}; {problem}"
+    if not ok and error is None:
+        error = f"it ended with {report.reason}"
+    code = report.exit_code if report.exit_code is not None else (-report.signal if report.signal else None)
+    return AttemptDone(
+        id=report.job,
+        attempt=report.attempt,
+        worker=node,
+        ok=ok,
+        result=result,
+        error=error,
+        exit_code=code,
+        retryable=True,
+        started_ms=report.started_ms or 0,
+        cause=report.reason or "exit",
+    )
+
+
+__all__ = ["JobReaperConfig", "JobReaperLoop", "WorkerPullLoop"]

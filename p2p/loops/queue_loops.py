@@ -1,0 +1,52 @@
+"""The leader's loops over the queue: stock it, wake what is due, forget what is old."""
+
+from __future__ import annotations
+
+from config.settings import QueueSettings
+from coordination.dispatcher import Dispatcher
+from coordination.unified_queue_populator import Populator
+from p2p.loops.base import PASSING, Loop
+
+PRUNE_SECONDS = 30.0
+
+
+class QueuePopulatorLoop(Loop):
+    """Keeps the queue stocked as ``config/jobs.yaml`` asks. What is added is `coordination.population`."""
+
+    name = "QueuePopulatorLoop"
+
+    def __init__(self, populator: Populator, interval_seconds: float) -> None:
+        super().__init__(interval_seconds)
+        self._populator = populator
+
+    async def turn(self) -> None:
+        if not self._populator.enabled:
+            return
+        try:
+            self.stats["items_added"] += await self._populator.populate()
+            self._populator.last_error = None
+        except PASSING as error:
+            self._populator.last_error = str(error)
+            raise
+
+
+class QueueMaintenanceLoop(Loop):
+    """Moves waiting jobs whose time has come to pending, and prunes finished ones by policy; never unfinished ones."""
+
+    name = "QueueMaintenanceLoop"
+
+    def __init__(self, dispatcher: Dispatcher, policy: QueueSettings, interval_seconds: float = 0.2) -> None:
+        super().__init__(interval_seconds)
+        self._desk, self._policy = dispatcher, policy
+        self._pruned_at = 0
+
+    async def turn(self) -> None:
+        self.stats["jobs_woken"] += await self._desk.wake_due()
+        now = self._desk.mono_ms()
+        if now - self._pruned_at >= PRUNE_SECONDS * 1000:
+            self._pruned_at = now
+            self.stats["jobs_pruned"] += await self._desk.purge(
+                ("completed", "failed", "cancelled"),
+                older_than_ms=int(self._policy.keep_finished_hours * 3_600_000),
+                keep=self._policy.keep_finished,
+            )

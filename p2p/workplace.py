@@ -1,0 +1,165 @@
+"""What runs on this node, what that leaves free, and what a job's process sees. Plain bookkeeping; no sockets.
+
+Decides the environment and the folder of an attempt (DESIGN §5); whether it runs at all is the leader's decision, how
+it is run is the runner's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordination.placement import Offer, take
+from p2p.runner.client import StartSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+# The cluster secret and the node's own settings are not a job's business (DESIGN §4).
+_HIDDEN = re.compile(r"^(RINGRIFT_CLUSTER_AUTH_TOKEN|P2P_)")
+_SHAPE = {"cpus": 1.0, "memory_mb": 0, "disk_mb": 0, "gpus": 0, "gpu_memory_mb": 0, "gpu_share": 1.0}
+MAX_RESULT_BYTES = 1 << 20
+MAX_PROGRESS_BYTES = 64 << 10
+Key = tuple[str, int]
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalJob:
+    """One attempt on this node. `description` is what the claim said, and what ``job.json`` keeps for a restart."""
+
+    id: str
+    attempt: int
+    description: dict[str, Any]
+    folder: Path
+    started_ms: int | None = None
+    told_start: bool = False
+    ended: bool = False
+    progress_mtime_ms: int = 0
+
+    @property
+    def key(self) -> Key:
+        return (self.id, self.attempt)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {**_SHAPE, **self.description.get("requires", {})}
+
+
+class Workplace:
+    """The attempts of this node by (job, attempt)."""
+
+    def __init__(self, node: str, total: Offer, folder: Path, url: str, max_jobs: int) -> None:
+        self.node, self.total, self.folder, self.url, self.max_jobs = node, total, folder, url, max_jobs
+        self.jobs: dict[Key, LocalJob] = {}
+        self._environment = _job_environment(os.environ)
+
+    def free(self) -> Offer:
+        """The total less what runs here."""
+        left = self.total
+        for job in self.jobs.values():
+            if not job.ended:
+                left = take(left, job.shape, job.description.get("gpus", ()))
+        return left
+
+    def places(self) -> int:
+        """How many more jobs may run, whatever they ask for."""
+        return max(self.max_jobs - sum(not job.ended for job in self.jobs.values()), 0)
+
+    def attempt_folder(self, job: str, attempt: int) -> Path:
+        return self.folder / job / str(attempt)
+
+    def add(self, description: dict[str, Any]) -> LocalJob:
+        """Takes on a claimed job."""
+        job_id, attempt = description["id"], description["attempt"]
+        job = LocalJob(id=job_id, attempt=attempt, description=description, folder=self.attempt_folder(job_id, attempt))
+        self.jobs[job.key] = job
+        return job
+
+    def adopt(self, job_id: str, attempt: int) -> LocalJob:
+        """Takes up an attempt that the runner has from before this start; its description is in its folder."""
+        known = self.jobs.get((job_id, attempt))
+        if known is not None:
+            return known
+        path = self.attempt_folder(job_id, attempt) / "job.json"
+        try:
+            description = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            description = {"id": job_id, "attempt": attempt, "requires": {}}
+        return self.add(description)
+
+    def prepare(self, job: LocalJob, log_cap_bytes: int) -> StartSpec:
+        """Makes the attempt's folder with ``job.json`` and answers what the runner is to start. Touches the disk."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        told = job.description
+        with (job.folder / "job.json").open("w", encoding="utf-8") as file:
+            json.dump(told, file)
+        gpus = told.get("gpus", ())
+        return StartSpec(
+            job=job.id,
+            attempt=job.attempt,
+            argv=told["command"],
+            env={
+                **self._environment,
+                **told.get("env", {}),
+                "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+                "P2P_JOB_ID": job.id,
+                "P2P_ATTEMPT": str(job.attempt),
+                "P2P_TOKEN": str(told.get("token", 0)),
+                "P2P_NODE_ID": self.node,
+                "P2P_JOB_DIR": str(job.folder),
+                "P2P_URL": self.url,
+            },
+            directory=str(job.folder),
+            cwd=told.get("cwd"),
+            timeout_seconds=told.get("timeout_seconds"),
+            grace_seconds=told.get("grace_seconds", 30.0),
+            log_cap_bytes=log_cap_bytes,
+        )
+
+    def prune(self, keep: int, hours: float) -> int:
+        """Deletes the folders of ended attempts that are too old or too many; how many. Touches the disk a lot."""
+        busy = {job for job, _ in list(self.jobs)}
+        found = []
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name not in busy:
+                found.append((path.stat().st_mtime, path))
+        found.sort(reverse=True)
+        cutoff = time.time() - hours * 3600
+        doomed = [path for n, (at, path) in enumerate(found) if n >= keep or at < cutoff]
+        for path in doomed:
+            shutil.rmtree(path, ignore_errors=True)
+        return len(doomed)
+
+
+def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The node's environment without its secrets, in which ``python`` is the node's Python and this project's packages
+    can be imported from any folder. Unbuffered, so that a job's output is a sign of life as it happens."""
+    env = {name: value for name, value in environment.items() if not _HIDDEN.match(name)}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(ROOT)]))
+    env.setdefault("PYTHONUNBUFFERED", "1")
+    return env
+
+
+def read_json(path: Path, limit: int) -> bytes | None:
+    """The file's content as compact JSON, None if there is none. Raises ValueError with a sentence if it is not JSON
+    or too large."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read: {error.strerror}") from None
+    if len(raw) > limit:
+        raise ValueError(f"{path.name} is larger than {limit} bytes")
+    try:
+        return json.dumps(json.loads(raw), separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
