@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import ipaddress
 import os
 import re
 import socket
@@ -21,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 DEFAULT_PORT = 8770
 ROOT = Path(__file__).resolve().parent.parent
 NODE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class SettingsError(Exception):
@@ -106,7 +106,7 @@ class Settings(Section):
     @field_validator("node_id")
     @classmethod
     def _plain_id(cls, value: str) -> str:
-        if not NODE_ID.match(value):
+        if not NODE_ID.fullmatch(value):
             raise ValueError("use letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit")
         return value
 
@@ -130,7 +130,10 @@ class Settings(Section):
 
 def is_loopback(host: str) -> bool:
     """Whether a listen address is reachable from this machine only."""
-    return host in LOOPBACK or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -169,8 +172,13 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     if flags.jobs_file is not None:
         values["jobs_file"] = flags.jobs_file
     if flags.no_populate:
-        values["populator"] = {**values.get("populator", {}), "enabled": False}
-    token = read_token(env, flags.auth_token_file or values.pop("auth_token_file", None))
+        section = values.get("populator", {})
+        if isinstance(section, dict):  # else `build` says what is wrong with it
+            values["populator"] = {**section, "enabled": False}
+    in_file = values.pop("auth_token_file", None)
+    token = read_token(env, flags.auth_token_file)
+    if token is None and in_file is not None:
+        token = read_token({}, str(in_file))
     if token is not None:
         values["auth_token"] = SecretStr(token)
     values.setdefault("node_id", re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:63] or "node")
@@ -218,7 +226,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {error}") from None
     if not isinstance(body, dict):
         raise SettingsError(f"{path}: must be a mapping of settings")

@@ -1,4 +1,4 @@
-"""Alerts: raised once, cleared once, told as events. `emit_alert` is for operators and their scripts."""
+"""Alerts: raised once, cleared once, told as events. `emit_alert` and `clear_alert` are for operators' scripts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class AlertBook:
             standing["message"] = message
             return False
         if len(self._standing) >= self.MAX_STANDING:
-            self._standing.pop(next(iter(self._standing)))
+            self.clear_alert(next(iter(self._standing)), now_ms)
         fields = {"alert": name, "severity": severity, "message": message, "source": source}
         self._standing[name] = {**fields, "since": now_ms / 1000}
         self._bus.publish([Event(E.ALERT_RAISED, now_ms, fields)])
@@ -68,6 +68,14 @@ def emit_alert(name: str, message: str = "", *, severity: str = "warning", **det
         raise InvalidInput("severity", f"must be one of {', '.join(SEVERITIES)}")
     text = " ".join([message or name, *(f"{key}={value}" for key, value in details.items())])
     return live.backend().call("raise_alert", name=name, message=text, severity=severity)
+
+
+def clear_alert(name: str) -> Answer:
+    """Clears a standing alert, so that the next one of this name is told again. Shape: ``{"cleared": bool}``.
+
+    Raises NodeUnreachable if no node answers here.
+    """
+    return live.backend().call("clear_alert", name=name)
 
 
 def now_ms() -> int:

@@ -207,12 +207,18 @@ def encode(command: Command) -> bytes:
 
 def decode(body: bytes) -> Command:
     """The command in one journal entry. Raises UnknownCommand for what this build cannot apply."""
-    version, name, *values = msgpack.unpackb(body, use_list=False, strict_map_key=False)
+    try:
+        version, name, *values = msgpack.unpackb(body, use_list=False, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise UnknownCommand(f"a journal entry of {len(body)} bytes is no command: {error}") from None
     kind = _TYPES.get(name)
     if kind is None or version != COMMANDS_VERSION:
         raise UnknownCommand(f"journal entry {name!r} of version {version}: this build knows {COMMANDS_VERSION}")
-    if name in _ITEMS:
-        at, item = _ITEMS[name]
-        values[at] = tuple(item(*value) for value in values[at])
-    command: Command = kind(*values)
+    try:
+        if name in _ITEMS:
+            at, item = _ITEMS[name]
+            values[at] = tuple(item(*value) for value in values[at])
+        command: Command = kind(*values)
+    except (TypeError, IndexError) as error:
+        raise UnknownCommand(f"journal entry {name!r} has other fields than this build knows: {error}") from None
     return command

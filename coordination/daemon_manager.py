@@ -62,6 +62,7 @@ class Supervisor:
         self._clock, self._bus, self._backoff = clock, bus, backoff
         self._loop: asyncio.AbstractEventLoop | None = None
         self.daemons: dict[DaemonType, Daemon] = {}
+        self._orders: set[asyncio.Task[None]] = set()
 
     def add(self, type: DaemonType, run: Callable[[], Awaitable[None]]) -> None:
         self.daemons[type] = Daemon(type, run)
@@ -85,11 +86,14 @@ class Supervisor:
         self._enter(daemon, DaemonState.RUNNING)
 
     async def stop(self, daemon: Daemon) -> None:
-        """Stops it and waits until it has stopped."""
-        task, daemon.task = daemon.task, None
+        """Stops it and waits until it has stopped. Until then a start does nothing: there are never two of it."""
+        task = daemon.task
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
+            if daemon.task is not task:
+                return  # another stop was here first, and it has been started again since
+            daemon.task = None
         self._enter(daemon, DaemonState.STOPPED)
 
     async def restart(self, daemon: Daemon) -> None:
@@ -116,9 +120,16 @@ class Supervisor:
             await work()
         else:
             # A caller that blocks the node's own loop cannot wait for it: the work is begun, not awaited.
-            loop.call_soon_threadsafe(lambda: loop.create_task(_run(work)))
+            loop.call_soon_threadsafe(self._begin, loop, work)
+
+    def _begin(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Awaitable[None]]) -> None:
+        task = loop.create_task(_run(work), name="daemon-order")
+        self._orders.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._orders.discard)
 
     async def _supervise(self, daemon: Daemon) -> None:
+        me = asyncio.current_task()
+        assert me is not None
         while True:
             began = self._clock.mono_ms()
             self._enter(daemon, DaemonState.RUNNING)
@@ -126,10 +137,14 @@ class Supervisor:
                 await daemon.run()
                 daemon.last_error = "it ended without being asked to"
             except asyncio.CancelledError:
-                raise
+                if me.cancelling():
+                    raise
+                daemon.last_error = "something it waited for was cancelled"
             except Exception as error:
                 log.exception("daemon %s died", daemon.type)
                 daemon.last_error = f"{type(error).__name__}: {error}"
+            if me.cancelling():
+                raise asyncio.CancelledError  # it was asked to stop, however it took that
             quick = self._clock.mono_ms() - began < QUICK_DEATH_SECONDS * 1000
             daemon.quick_deaths = daemon.quick_deaths + 1 if quick else 1
             if daemon.quick_deaths >= MAX_QUICK_DEATHS:

@@ -94,13 +94,18 @@ class Dispatcher:
         self._deciding = asyncio.Lock()
         self._parked: dict[asyncio.Future[None], str] = {}  # -> the worker whose claim it is
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._began_at = clock.mono_ms()
 
     async def begin_term(self) -> None:
         """Takes up the attempts in progress, each with a full lease from now, then listens to the queue."""
         self._loop = asyncio.get_running_loop()
         self._bus.subscribe(self.on_events)
-        now = self._clock.mono_ms()
-        for row in await self.ask(lambda reader: reader.held()):
+        rows = await self.ask(lambda reader: reader.held())
+        now = self._began_at = self._clock.mono_ms()
+        grace_until_ms = self._clock.now_ms() + self.leases.lease_ms
+        for row in rows:
+            if row.job in self.leases.by_job:
+                continue  # an event of this moment has told more
             held = Held(
                 job=row.job,
                 attempt=row.attempt,
@@ -111,9 +116,9 @@ class Dispatcher:
                 started_ms=row.started_ms,
                 renewed_at=now,
                 alive_at=now,
+                grace_until_ms=grace_until_ms,
             )
-            self.leases.by_job.setdefault(row.job, held)
-            self.leases.by_worker[row.worker].setdefault(row.job, held)
+            self.leases.grant(held)
 
     # -- the journal -------------------------------------------------------------------------------------------
 
@@ -185,7 +190,9 @@ class Dispatcher:
         """
         deadline = self._clock.mono_ms() + int(wait_seconds * 1000)
         while True:
-            self.leases.heard(worker, self._clock.mono_ms(), self._clock.now_ms())
+            if gone():
+                return [], []  # before anything is placed: an attempt that nobody was told of is a line in its history
+            self._heard(worker)
             notices = self.leases.take_notices(worker)
             room = self.rooms.get(worker)
             jobs: list[dict[str, Any]] = []
@@ -242,6 +249,12 @@ class Dispatcher:
             if (worker is None or whose == worker) and not parked.done():
                 parked.set_result(None)
 
+    def _heard(self, worker: str) -> None:
+        """Any word from a worker. Raises Refused (429) for one worker too many: names are the caller's to make up."""
+        if worker not in self.leases.seen_at and len(self.leases.seen_at) >= MAX_WORKERS:
+            raise Refused(429, f"{MAX_WORKERS} workers are known already; clear the inactive ones", field="worker")
+        self.leases.heard(worker, self._clock.mono_ms(), self._clock.now_ms())
+
     # -- heartbeats and results --------------------------------------------------------------------------------
 
     async def heartbeat(self, worker: str, beats: list[Beat], *, first: bool) -> tuple[list[str], list[str]]:
@@ -251,7 +264,7 @@ class Dispatcher:
         holds beyond that was claimed by its former self and never reached a process: it goes back, unspent.
         """
         now = self._clock.mono_ms()
-        self.leases.heard(worker, now, self._clock.now_ms())
+        self._heard(worker)
         stale, cancel = self.leases.renew(worker, [beat.signs for beat in beats], now)
         began = tuple(
             c.Began(beat.signs.job, beat.signs.attempt, beat.started_ms)
@@ -261,8 +274,11 @@ class Dispatcher:
         if began:
             await self.propose(c.Begin(self._clock.now_ms(), worker, began))
         if first:
-            listed = {beat.signs.job for beat in beats}
-            lost = [job for job in self.leases.by_worker.get(worker, {}) if job not in listed]
+            # Whatever its former self had asked for is in the books once this, behind it in the journal, is answered.
+            await self.propose(c.Begin(self._clock.now_ms(), worker, ()))
+            listed = {Claimant(beat.signs.job, beat.signs.attempt) for beat in beats}
+            held = self.leases.by_worker.get(worker, {})
+            lost = [job for job, mine in held.items() if Claimant(job, mine.attempt) not in listed]
             if lost:
                 await self.release(lost, "its worker restarted without it", key="")
         return stale, cancel
@@ -276,10 +292,23 @@ class Dispatcher:
             and held.started_ms is None
         )
 
+    async def describe(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+        """For a worker that has restarted: its attempts as it was told of them when it claimed them. Those that are
+        no longer the newest of their job are left out."""
+
+        def read(reader: QueueReader) -> list[dict[str, Any] | None]:
+            return [reader.job(job, history=False) for job, _ in keys]
+
+        found = {}
+        for key, record in zip(keys, await self.ask(read), strict=True):
+            if record is not None and record["attempt"] == key[1]:
+                found[key] = {name: record[name] for name in _TOLD} | {"id": key[0], "attempt": key[1]}
+        return found
+
     async def finish(self, items: tuple[c.AttemptDone, ...]) -> list[Refused | None]:
         """Records the ends of attempts; for each, None or why it was refused (a stale attempt: 409)."""
         for worker in {item.worker for item in items}:
-            self.leases.heard(worker, self._clock.mono_ms(), self._clock.now_ms())
+            self._heard(worker)
         answers: list[Refused | None] = await self.propose(c.Finish(self._clock.now_ms(), items))
         return answers
 
@@ -321,7 +350,9 @@ class Dispatcher:
         now, now_ms = self._clock.mono_ms(), self._clock.now_ms()
         books = await self.ask(lambda reader: reader.workers())
         known = {book.worker for book in books} | set(self.leases.seen_at)
-        inactive = sorted(w for w in known if now - self.leases.seen_at.get(w, -(1 << 60)) >= threshold_ms)
+        # A worker that this term has not heard of yet gets the benefit of the doubt from the term's beginning: just
+        # after a restart everybody is unheard of, and taking their jobs away would run each of them twice.
+        inactive = sorted(w for w in known if now - self.leases.seen_at.get(w, self._began_at) >= threshold_ms)
         if not inactive:
             return 0
         await self.propose(c.ForgetWorkers(now_ms, tuple(inactive), f"worker silent for {threshold_ms // 1000} s"))
@@ -336,6 +367,11 @@ class Dispatcher:
             return 0
         items = tuple(c.Lapse(v.held.job, v.held.attempt, v.cause) for v in verdicts)
         n: int = await self.propose(c.Expire(self._clock.now_ms(), items))
+        for verdict in verdicts:
+            # Whatever the queue answered, this attempt is over. One that had ended before makes no event, and would
+            # otherwise be given up again and again.
+            if self.leases.by_job.get(verdict.held.job) is verdict.held:
+                self.leases.drop(verdict.held.job, tell=True)
         return n
 
     async def wake_due(self, limit: int = 1_000) -> int:
@@ -412,6 +448,11 @@ class Dispatcher:
                 alive_at=now,
             )
         )
+
+
+_TOLD = (
+    "token", "kind", "command", "params", "env", "cwd", "requires", "gpus", "timeout_seconds", "grace_seconds", "fence",
+)  # fmt: skip
 
 
 def _for_worker(job: Claimed) -> dict[str, Any]:

@@ -33,18 +33,19 @@ class RotatingFile:
     def __init__(self, path: Path, *, limit: int = ROTATE_BYTES, kept: int = KEPT) -> None:
         self._path, self._limit, self._kept = path, limit, kept
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._file = path.open("ab")
         self._size = path.stat().st_size
 
     def write(self, text: str) -> None:
         """Appends and flushes; a file removed by somebody's clean-up is made anew."""
-        if self._size + len(text) > self._limit and self._size:
-            self._rotate()
-        elif not self._path.exists():
+        data = text.encode("utf-8", "backslashreplace")
+        if not self._path.exists():
             self._reopen()
-        self._file.write(text)
+        elif self._size + len(data) > self._limit and self._size:
+            self._rotate()
+        self._file.write(data)
         self._file.flush()
-        self._size += len(text)
+        self._size += len(data)
 
     def _rotate(self) -> None:
         for n in range(self._kept - 1, 0, -1):
@@ -56,7 +57,7 @@ class RotatingFile:
 
     def _reopen(self) -> None:
         self._file.close()
-        self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._file = self._path.open("ab")
         self._size = 0
 
     def close(self) -> None:

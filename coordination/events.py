@@ -7,11 +7,14 @@ oldest, and is told how many, rather than slowing the queue.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
 
 
 class EventType(StrEnum):
@@ -73,27 +76,50 @@ Listener = Callable[[list[tuple[int, Event]]], None]
 
 
 class EventBus:
-    """Hands batches of numbered events to listeners, in order. Thread-safe; listeners must not block."""
+    """Hands batches of numbered events to listeners, in order. Thread-safe; listeners must not block.
+
+    A batch has reached every listener when `publish` returns, except when a listener publishes: what it adds follows
+    as soon as everybody has what came before. A listener that raises is logged and does not stop the others.
+    """
 
     TAIL = 2_000
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._delivery = threading.RLock()
+        self._undelivered: deque[list[tuple[int, Event]]] = deque()
+        self._delivering = False
         self._tail: deque[tuple[int, Event]] = deque(maxlen=self.TAIL)
         self._listeners: list[Listener] = []
         self._next = 1
 
     def publish(self, events: Iterable[Event]) -> None:
         """Numbers the events and calls every listener with the batch."""
-        with self._lock:
-            batch = list(enumerate(events, self._next))
-            if not batch:
+        with self._delivery:
+            with self._lock:
+                batch = list(enumerate(events, self._next))
+                if not batch:
+                    return
+                self._next += len(batch)
+                self._tail.extend(batch[-self.TAIL :])
+            self._undelivered.append(batch)
+            if self._delivering:
                 return
-            self._next += len(batch)
-            self._tail.extend(batch[-self.TAIL :])
+            self._delivering = True
+            try:
+                while self._undelivered:
+                    self._deliver(self._undelivered.popleft())
+            finally:
+                self._delivering = False
+
+    def _deliver(self, batch: list[tuple[int, Event]]) -> None:
+        with self._lock:
             listeners = list(self._listeners)
         for listener in listeners:
-            listener(batch)
+            try:
+                listener(batch)
+            except Exception:
+                log.exception("a listener failed on events %d to %d", batch[0][0], batch[-1][0])
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Adds a listener; the answer takes it away again."""

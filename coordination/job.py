@@ -19,6 +19,10 @@ MAX_BATCH_JOBS = 10_000
 MAX_ARGUMENT_BYTES = 131_071  # Linux MAX_ARG_STRLEN less its NUL: execve refuses longer ones
 RESERVED_ENV = re.compile(r"^(P2P_|CUDA_VISIBLE_DEVICES$|RINGRIFT_CLUSTER_AUTH_TOKEN)")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LITERALS = re.compile(r"\\.|\[\^?\]?[^\]]*\]")
+_REPEATS = re.compile(r"[*+?{]")
+MAX_REPEATS = 4
 WORD = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
 
 
@@ -39,10 +43,18 @@ NOT_STARTED = (JobState.WAITING, JobState.PENDING)
 FINISHED = (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 
-def _no_nul(text: str) -> str:
+def _plain(text: str) -> str:
     if "\0" in text:
         raise ValueError("must not contain a NUL character")
+    if _SURROGATE.search(text):
+        raise ValueError("must not contain a lone surrogate: no process could be given it")
     return text
+
+
+def _fits_64_bits(value: Any) -> Any:
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError("must be a whole number of at most 64 bits; give a longer one as a string")
+    return value
 
 
 def _not_bool(value: Any) -> Any:
@@ -54,7 +66,7 @@ def _not_bool(value: Any) -> Any:
 def _argument(text: str) -> str:
     if len(text.encode("utf-8", "surrogatepass")) > MAX_ARGUMENT_BYTES:
         raise ValueError(f"must be at most {MAX_ARGUMENT_BYTES} bytes (the kernel's limit for one argument)")
-    return _no_nul(text)
+    return _plain(text)
 
 
 def _command(value: Any) -> Any:
@@ -64,10 +76,14 @@ def _command(value: Any) -> Any:
 
 
 def _regex(text: str) -> str:
+    """A pattern that cannot run away: it is searched by the thread that applies the journal, so (a+)+ would stop it."""
     try:
         re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is not a pattern: {error}") from None
+    bare = _LITERALS.sub("x", text)
+    if re.search(r"\)[*+{]", bare) or len(_REPEATS.findall(bare)) > MAX_REPEATS:
+        raise ValueError(f"repeats too much; no group may be repeated, and at most {MAX_REPEATS} of * + ? {{ are taken")
     return text
 
 
@@ -84,12 +100,12 @@ def _unix_seconds(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
+Text = Annotated[str, AfterValidator(_plain)]
 Argument = Annotated[str, AfterValidator(_argument)]
 Whole = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
 ShortWord = Annotated[str, Field(min_length=1, max_length=64, pattern=WORD)]
-Scalar = Annotated[Text, Field(max_length=10_000)] | bool | int | float
+Scalar = Annotated[Annotated[Text, Field(max_length=10_000)] | bool | int | float, AfterValidator(_fits_64_bits)]
 
 
 class Closed(BaseModel):
@@ -121,7 +137,7 @@ class Requires(Closed):
     @model_validator(mode="after")
     def _share_is_of_one_gpu(self) -> Requires:
         if self.gpu_share < 1 and self.gpus != 1:
-            raise ValueError("gpu_share below 1 needs gpus: 1")
+            raise ValueError("gpu_share: below 1 it needs gpus: 1")
         return self
 
     def shape(self) -> str:
@@ -155,7 +171,7 @@ class JobSpec(Closed):
     @model_validator(mode="after")
     def _check_names(self) -> JobSpec:
         for name in self.env:
-            if not ENV_NAME.match(name):
+            if not ENV_NAME.fullmatch(name):
                 raise ValueError(f"env: {name[:40]!r} is not an environment variable's name")
             if RESERVED_ENV.match(name):
                 raise ValueError(f"env: {name[:40]!r} is set by the node and cannot be given")

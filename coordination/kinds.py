@@ -19,6 +19,7 @@ from coordination.errors import InvalidInput
 from coordination.job import Argument, Closed, JobSpec, Number, Requires, Scalar, ShortWord, Whole
 from coordination.validation import first_problem
 
+MAX_TIMEOUT_SECONDS = 3650 * 86_400  # ten years: long enough for "never", and milliseconds of it fit a database
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -28,7 +29,9 @@ class Populate(Closed):
     pending: Whole = Field(..., ge=0, le=100_000, description="unfinished jobs of this kind to keep in the queue")
     total: Whole | None = Field(None, ge=0, description="stop after this many were ever submitted; absent = for ever")
     every_seconds: Number = Field(0.0, ge=0, description="at least this long between two fillings of this kind")
-    vary: dict[ShortWord, list[Scalar]] = Field(default_factory=dict, description="params cycled through, job by job")
+    vary: dict[ShortWord, Annotated[list[Scalar], Field(min_length=1)]] = Field(
+        default_factory=dict, description="params cycled through, job by job"
+    )
     seed_param: ShortWord | None = Field(None, description="param that gets a new whole number in each job")
 
 
@@ -41,7 +44,7 @@ class Kind(Closed):
     params: dict[ShortWord, Scalar] = Field(default_factory=dict)
     requires: Requires = Requires()
     priority: Annotated[Whole, Field(ge=0, le=100)] = 50
-    timeout_seconds: Annotated[Number, Field(gt=0)] | None = None
+    timeout_seconds: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
     max_attempts: Annotated[Whole, Field(ge=1, le=100)] = 3
     retry_backoff_seconds: Annotated[Number, Field(ge=0, le=600)] = 10.0
     grace_seconds: Annotated[Number, Field(ge=0, le=3600)] = 30.0
@@ -106,8 +109,9 @@ class Kinds:
             seconds = float(text)
         except ValueError:
             seconds = 0.0
-        if not 0 < seconds < float("inf"):
-            raise InvalidInput(variable, f"must be a positive number of seconds, not {text!r}")
+        if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+            most = f"at most {MAX_TIMEOUT_SECONDS}"
+            raise InvalidInput(variable, f"must be a positive number of seconds, {most}, not {text!r}")
         return seconds
 
     def command(self, spec: JobSpec, name: str) -> list[str]:

@@ -32,6 +32,7 @@ class Held:
     started_ms: int | None
     renewed_at: int
     alive_at: int  # last sign of life: output, progress, CPU or GPU use
+    grace_until_ms: int = 0  # a new leader gives up nothing that it has known for less than a lease
     cpu_seconds: float = -1.0
     output_bytes: int = -1
     progress_mtime_ms: int = -1
@@ -40,7 +41,7 @@ class Held:
 
 
 class Signs(NamedTuple):
-    """What a heartbeat says of one attempt. Counters only ever grow; a change is a sign of life."""
+    """What a heartbeat says of one attempt. Output and progress only ever grow; growth is a sign of life."""
 
     job: str
     attempt: int
@@ -136,7 +137,8 @@ class LeaseTable:
             held.stalled = False
         held.output_bytes = max(held.output_bytes, sign.output_bytes)
         held.progress_mtime_ms = max(held.progress_mtime_ms, sign.progress_mtime_ms)
-        held.cpu_seconds = max(held.cpu_seconds, sign.cpu_seconds)
+        if sign.cpu_seconds >= 0:
+            held.cpu_seconds = sign.cpu_seconds  # may fall, when a process that nobody waited for has gone
         if sign.progress is not None:
             held.progress = sign.progress
 
@@ -147,9 +149,13 @@ class LeaseTable:
 
     # -- verdicts ---------------------------------------------------------------------------------------------------
 
+    def _all(self) -> list[Held]:
+        """A copy, made in one step: the operators' API asks from threads of its own."""
+        return list(self.by_job.values())
+
     def lapsed(self, now: int) -> list[Verdict]:
         """Attempts whose lease has run out."""
-        return [v for held in self.by_job.values() if (v := self._lapse(held, now)) is not None]
+        return [v for held in self._all() if (v := self._lapse(held, now)) is not None]
 
     def _lapse(self, held: Held, now: int) -> Verdict | None:
         silent = now - held.renewed_at
@@ -159,11 +165,11 @@ class LeaseTable:
 
     def overdue(self, now_ms: int, slack_ms: int) -> list[Verdict]:
         """Attempts past their own timeout, `slack_ms` after their worker should have ended them."""
-        return [v for held in self.by_job.values() if (v := self._overdue(held, now_ms, slack_ms)) is not None]
+        return [v for held in self._all() if (v := self._overdue(held, now_ms, slack_ms)) is not None]
 
     @staticmethod
     def _overdue(held: Held, now_ms: int, slack_ms: int) -> Verdict | None:
-        if not held.timeout_ms or held.started_ms is None:
+        if not held.timeout_ms or held.started_ms is None or now_ms < held.grace_until_ms:
             return None
         over = now_ms - held.started_ms - held.timeout_ms - slack_ms
         if over < 0:
@@ -174,15 +180,15 @@ class LeaseTable:
         """Attempts claimed at least `threshold_ms` ago whose process has not started."""
         return [
             Verdict(held, "never_started", f"claimed {(now_ms - held.claimed_ms) / 1000:.0f} s ago and never started")
-            for held in self.by_job.values()
-            if held.started_ms is None and now_ms - held.claimed_ms >= threshold_ms
+            for held in self._all()
+            if held.started_ms is None and now_ms - held.claimed_ms >= threshold_ms and now_ms >= held.grace_until_ms
         ]
 
     def stuck(self, now: int, now_ms: int, threshold_ms: int, slack_ms: int = 0) -> list[Verdict]:
         """In progress for at least `threshold_ms` *and* with a reason. Never merely old: a healthy 20-hour training
         run that was declared stuck by its age ran twice, which is why this rule exists."""
         found: list[Verdict] = []
-        for held in self.by_job.values():
+        for held in self._all():
             if now_ms - held.claimed_ms < threshold_ms:
                 continue
             verdict = self._lapse(held, now) or self._overdue(held, now_ms, slack_ms)

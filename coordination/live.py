@@ -44,6 +44,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "daemon_start": ("POST", "/daemons/{type}/start"),
     "daemon_stop": ("POST", "/daemons/{type}/stop"),
     "raise_alert": ("POST", "/alerts"),
+    "clear_alert": ("POST", "/alerts/clear"),
 }
 
 

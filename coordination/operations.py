@@ -4,6 +4,7 @@ here. Each takes plain values and answers a JSON object; errors are those of `co
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
@@ -12,6 +13,7 @@ from typing import Any, cast
 from config.settings import HealthSettings
 from coordination.alerts import AlertBook
 from coordination.daemon_manager import Supervisor
+from coordination.daemon_types import DaemonState, DaemonType
 from coordination.dispatcher import Dispatcher
 from coordination.errors import InvalidInput, Refused
 from coordination.health import QueueFigures, judge
@@ -21,6 +23,8 @@ from coordination.queue_reads import MAX_PAGE, QueueReader
 from coordination.unified_queue_populator import Populator
 
 DEFAULT_STUCK_SECONDS = 3600.0
+# Environment variables whose values no page shows: whoever may read the queue need not hold every job's credentials.
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 ACTIVE_FACTOR = 1.0  # a worker is active while its newest word is younger than this many leases
 
 
@@ -198,6 +202,7 @@ class Operations:
         """Adds what only the leader's memory knows: why it waits, its progress, its last sign of life."""
         import json
 
+        record["env"] = {name: "***" if _SECRET.search(name) else value for name, value in record["env"].items()}
         state = record["state"]
         if state == "pending":
             record["why_pending"] = self._desk.why_pending(json.dumps(record["requires"]))
@@ -258,8 +263,16 @@ class Operations:
     # -- the populator, the daemons, alerts -----------------------------------------------------------------------
 
     async def populator(self) -> dict[str, Any]:
-        """The populator's health: ``{"is_healthy", "message", "details"}``."""
-        return await self._populator.health()
+        """The populator's health: ``{"is_healthy", "message", "details"}``; `details["daemon"]` is its loop's state."""
+        health = await self._populator.health()
+        daemon = self._supervisor.daemons.get(DaemonType.QUEUE_POPULATOR)
+        state = daemon.state if daemon is not None else DaemonState.STOPPED
+        health["details"]["daemon"] = str(state)
+        if health["details"]["enabled"] and state is not DaemonState.RUNNING:
+            why = f" after: {daemon.last_error}" if daemon is not None and daemon.last_error else ""
+            health["is_healthy"] = False
+            health["message"] = f"its daemon is not running ({state}){why}; restart {DaemonType.QUEUE_POPULATOR}"
+        return health
 
     async def populate(self, force: Any = False) -> dict[str, Any]:
         return {"added": await self._populator.populate(force=check_flag("force", force))}
@@ -293,6 +306,10 @@ class Operations:
         text = check_text("message", message or name, most=2_000)
         raised = self._alerts.raise_alert(name, text, self._desk.now_ms(), severity=severity)
         return {"alert": name, "raised": raised}
+
+    async def clear_alert(self, name: Any) -> dict[str, Any]:
+        name = check_text("name", name, most=100)
+        return {"alert": name, "cleared": self._alerts.clear_alert(name, self._desk.now_ms())}
 
 
 def _nest(totals: dict[tuple[str, str], int]) -> dict[str, dict[str, int]]:

@@ -40,7 +40,7 @@ UPDATE jobs SET state = ?, ready_ms = ?, failures = ?, error = coalesce(?, error
                 worker = NULL, gpus = NULL, moves = ? WHERE seq = ?
 
 -- name: restart_job | a retry by hand: all attempts anew
-UPDATE jobs SET state = 'pending', ready_ms = 0, failures = 0, blockers = 0, error = NULL, exit_code = NULL,
+UPDATE jobs SET state = ?, ready_ms = 0, failures = 0, blockers = ?, error = NULL, exit_code = NULL,
                 result = NULL, finished_ms = NULL, worker = NULL, gpus = NULL, reason = ?, moves = ? WHERE seq = ?
 
 -- name: due_jobs | waiting jobs whose time has come
@@ -74,6 +74,15 @@ SELECT id FROM jobs INDEXED BY jobs_held WHERE worker = ? AND state IN ('claimed
 SELECT seq, finished_ms FROM jobs INDEXED BY jobs_done WHERE state = ? AND state IN ('completed', 'failed', 'cancelled') AND finished_ms < ?
 ORDER BY finished_ms, seq LIMIT ?
 
+-- name: keys_beyond | the idempotency keys beyond the number kept, oldest first to go
+DELETE FROM keys WHERE key IN (SELECT key FROM keys INDEXED BY keys_age ORDER BY at_ms DESC, key DESC LIMIT -1 OFFSET ?)
+
+-- name: add_count | a sum moves; 0 is then deleted
+INSERT INTO counts VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE SET n = n + ?4 RETURNING n
+
+-- name: add_shape_count | the same for pending jobs by shape
+INSERT INTO shape_counts VALUES (?1, ?2) ON CONFLICT DO UPDATE SET n = n + ?2 RETURNING n
+
 -- name: all_held | every attempt in progress, for a leader that begins its term
 SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms FROM jobs
 WHERE state = 'claimed' UNION ALL
@@ -90,7 +99,7 @@ SELECT n, at_ms, state, attempt, worker, reason FROM history WHERE seq = ? ORDER
 
 -- name: recent_failures | newest first
 SELECT id, kind, worker, attempt, error, exit_code, finished_ms FROM jobs INDEXED BY jobs_done
-WHERE state = 'failed' ORDER BY finished_ms DESC, seq DESC LIMIT ?
+WHERE state = 'failed' AND state IN ('completed', 'failed', 'cancelled') ORDER BY finished_ms DESC, seq DESC LIMIT ?
 
 -- name: last_done | when a job last ended so
 SELECT max(finished_ms) FROM jobs INDEXED BY jobs_done

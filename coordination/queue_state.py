@@ -43,7 +43,6 @@ EDGES: dict[tuple[JobState | None, JobState], str] = {
     (S.CLAIMED, S.RUNNING): "its process started",
     (S.CLAIMED, S.PENDING): "released, or the attempt failed without backoff",
     (S.CLAIMED, S.WAITING): "the attempt failed; backoff",
-    (S.CLAIMED, S.COMPLETED): "",
     (S.CLAIMED, S.FAILED): "the last attempt failed",
     (S.CLAIMED, S.CANCELLED): "cancelled",
     (S.RUNNING, S.PENDING): "released, or the attempt failed without backoff",
@@ -53,8 +52,8 @@ EDGES: dict[tuple[JobState | None, JobState], str] = {
     (S.RUNNING, S.CANCELLED): "cancelled",
     (S.FAILED, S.PENDING): "retried by hand",
     (S.CANCELLED, S.PENDING): "retried by hand",
-}
-del EDGES[(S.CLAIMED, S.COMPLETED)]  # an attempt that ended before its start was reported passes through running
+    (S.CANCELLED, S.WAITING): "retried by hand while a dependency is unfinished",
+}  # An attempt that ended before its start was reported passes through running.
 
 
 class Claimed(NamedTuple):
@@ -101,7 +100,7 @@ class QueueState:
     def __init__(self, path: str) -> None:
         """Opens or creates the database file at `path`."""
         self._db = apsw.Connection(path)
-        self._db.set_busy_timeout(5_000)
+        self._db.set_busy_timeout(100)  # for a checkpoint beside a reader; nobody else writes
         self._run = self._db.execute
         for pragma in (
             "journal_mode=WAL",
@@ -124,6 +123,7 @@ class QueueState:
             raise Refused(409, f"{path} has queue schema {meta['schema']}; this build reads {SCHEMA_VERSION}")
         self._q = statements()
         self.applied_index = meta["applied"]
+        self._durable_index = 0  # what a checkpoint of ours has covered
         self.applied_term = meta["term"]
         self.now_ms = meta["now"]
         self._seq = meta["seq"]
@@ -163,7 +163,8 @@ class QueueState:
         self._counts: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self._ready_delta: defaultdict[int, int] = defaultdict(int)
         self._minutes: defaultdict[tuple[int, str, str], int] = defaultdict(int)
-        self._workers: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        self._workers: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+        self._shape_jobs: defaultdict[int, int] = defaultdict(int)
 
     # -- applying ------------------------------------------------------------------------------------------------
 
@@ -179,6 +180,13 @@ class QueueState:
             for index, term, body in entries:
                 answers.append(self._apply(index, term, body))
             self._flush()
+            for key, value in (
+                ("applied", self.applied_index),
+                ("term", self.applied_term),
+                ("now", self.now_ms),
+                ("seq", self._seq),
+            ):
+                self._run("UPDATE meta SET value = ? WHERE key = ?", (value, key))
         except BaseException:
             self._run("ROLLBACK")
             raise
@@ -199,41 +207,42 @@ class QueueState:
         return result, self._events
 
     def _flush(self) -> None:
+        """Writes the sums gathered since the last time: at the end of a batch, and before a command that reads them.
+
+        How entries are cut into batches differs from voter to voter and must not show in the tables, hence no row of
+        a sum that is 0: whether it was ever written would depend on the cut.
+        """
         run = self._run
-        for (state, kind, group), n in self._counts.items():
-            if n:
-                run(
-                    "INSERT INTO counts VALUES (?1,?2,?3,?4) ON CONFLICT DO UPDATE SET n = n + ?4",
-                    (state, kind, group, n),
-                )
+        for count, n in self._counts.items():
+            if n and _single(run(self._q["add_count"], (*count, n))) == 0:
+                run("DELETE FROM counts WHERE state = ? AND kind = ? AND grp = ?", count)
         for shape, n in self._ready_delta.items():
-            if n:
-                run("INSERT INTO shape_counts VALUES (?1,?2) ON CONFLICT DO UPDATE SET n = n + ?2", (shape, n))
+            if n and _single(run(self._q["add_shape_count"], (shape, n))) == 0:
+                run("DELETE FROM shape_counts WHERE shape = ?", (shape,))
+        for shape, n in self._shape_jobs.items():
+            run("UPDATE shapes SET jobs = jobs + ? WHERE shape = ?", (n, shape))
         for (minute, kind, what), n in self._minutes.items():
             run(
                 "INSERT INTO minutes VALUES (?1,?2,?3,?4) ON CONFLICT DO UPDATE SET n = n + ?4", (minute, kind, what, n)
             )
             run("INSERT INTO totals VALUES (?1,?2,?3) ON CONFLICT DO UPDATE SET n = n + ?3", (kind, what, n))
-        for worker, (completed, failed, claimed) in self._workers.items():
+        for worker, (completed, failed, claimed, seen) in self._workers.items():
             run(
                 "INSERT INTO workers VALUES (?1,?2,?3,?4,?5) ON CONFLICT DO UPDATE SET completed = completed + ?2,"
                 " failed = failed + ?3, claimed = claimed + ?4, seen_ms = ?5",
-                (worker, completed, failed, claimed, self.now_ms),
+                (worker, completed, failed, claimed, seen),
             )
-        for key, value in (
-            ("applied", self.applied_index),
-            ("term", self.applied_term),
-            ("now", self.now_ms),
-            ("seq", self._seq),
-        ):
-            run("UPDATE meta SET value = ? WHERE key = ?", (value, key))
         self._clear_deltas()
 
     def checkpoint(self) -> int:
-        """Makes everything applied durable in the main file (fsync); answers the index that now is."""
-        index = self.applied_index
-        self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-        return index
+        """Makes everything applied durable in the main file (fsync); answers the index that now is. While a reader
+        (a snapshot, a person's tool) holds on to an older view that is the index of an earlier checkpoint."""
+        try:
+            self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except apsw.BusyError:
+            return self._durable_index
+        self._durable_index = self.applied_index
+        return self._durable_index
 
     def close(self) -> None:
         """Checkpoints and closes."""
@@ -274,8 +283,16 @@ class QueueState:
 
     def _ready_add(self, shape: int, n: int) -> None:
         self._ready[shape] = self._ready.get(shape, 0) + n
+        if not self._ready[shape]:
+            del self._ready[shape]  # what a claim looks at is the shapes that wait now, not all there ever were
         self._ready_delta[shape] += n
         self.pending_total += n
+
+    def _book(self, worker: str, column: int) -> None:
+        """One more completed (0), failed (1) or claimed (2) in a worker's books."""
+        book = self._workers[worker]
+        book[column] += 1
+        book[3] = self.now_ms
 
     def _tell(self, type: E, row_id: str, kind: str, **fields: Any) -> None:
         self._events.append(Event(type, self.now_ms, {"job": row_id, "kind": kind, **fields}))
@@ -317,6 +334,7 @@ class QueueState:
             return refused
         ids: list[str] = []
         created: list[bool] = []
+        instead: dict[str, str] = {}  # a job of this batch that was not made -> the one that holds its unique_key
         for job in command.jobs:
             taken = None
             if job.unique_key is not None:
@@ -324,7 +342,9 @@ class QueueState:
             ids.append(str(taken[0]) if taken else job.id)
             created.append(taken is None)
             if taken is None:
-                self._insert(job)
+                self._insert(_renamed(job, instead))
+            else:
+                instead[job.id] = str(taken[0])
         self._remember(command.key, command.digest, {"ids": ids})
         return {"ids": ids, "created": created}
 
@@ -344,25 +364,19 @@ class QueueState:
         seq = self._seq
         shape = self._shapes.get(job.requires)
         if shape is None:
-            shape = len(self._shapes) + 1
-            self._run("INSERT INTO shapes VALUES (?, ?)", (shape, job.requires))
+            shape = max(self._requires, default=0) + 1
+            self._run("INSERT INTO shapes VALUES (?, ?, 0)", (shape, job.requires))
             self._shapes[job.requires] = shape
             self._requires[shape] = job.requires
-        blockers, broken = 0, None
-        for dep in job.depends_on:
-            row = self._row(dep)
-            if row is None:  # a unique_key elsewhere in the batch took its place
-                continue
-            if row.state in (S.FAILED, S.CANCELLED):
-                broken = broken or row
-            elif row.state != S.COMPLETED:
-                self._run("INSERT OR IGNORE INTO deps VALUES (?, ?)", (row.seq, seq))
-                blockers += self._db.changes()
+        self._shape_jobs[shape] += 1
+        broken, waits = self._dependencies(job.depends_on)
+        blockers = 0
         state, reason = S.PENDING, None
         if broken is not None:
             state, reason = S.CANCELLED, f"dependency {broken.id} {broken.state}"
-        elif blockers:
+        elif waits:
             state, reason = S.WAITING, "waits for dependencies"
+            blockers = self._wait_for(seq, waits)
         elif job.not_before_ms > self.now_ms:
             state, reason = S.WAITING, "not before its time"
         self._run(
@@ -402,14 +416,33 @@ class QueueState:
         self._tell(E.WORK_QUEUED, job.id, job.kind, priority=job.priority, state=state.value)
         if broken is not None:
             self._run("UPDATE jobs SET finished_ms = ? WHERE seq = ?", (self.now_ms, seq))
-            self._run("DELETE FROM deps WHERE seq = ?", (seq,))
+            self._minutes[(self.now_ms // 60_000, job.kind, "cancelled")] += 1
             self._tell(E.WORK_CANCELLED, job.id, job.kind, reason=reason)
+
+    def _dependencies(self, ids: Iterable[str]) -> tuple[_Row | None, list[int]]:
+        """The first of these jobs that failed or was cancelled, and the numbers of those that are unfinished."""
+        broken: _Row | None = None
+        waits: dict[int, None] = {}
+        for job_id in ids:
+            row = self._row(job_id)
+            if row is None:  # completed and since pruned: a job that is retried long after
+                continue
+            if row.state in (S.FAILED, S.CANCELLED):
+                broken = broken or row
+            elif row.state != S.COMPLETED:
+                waits[row.seq] = None
+        return broken, list(waits)
+
+    def _wait_for(self, seq: int, dependencies: list[int]) -> int:
+        for dep in dependencies:
+            self._run("INSERT INTO deps VALUES (?, ?)", (dep, seq))
+        return len(dependencies)
 
     # -- claim, begin, finish ----------------------------------------------------------------------------------------
 
     def ready_shapes(self) -> list[tuple[int, int, str]]:
         """(shape, pending jobs, requirements as JSON) of every shape with pending jobs."""
-        return [(shape, n, self._requires[shape]) for shape, n in sorted(self._ready.items()) if n > 0]
+        return [(shape, n, self._requires[shape]) for shape, n in sorted(self._ready.items())]
 
     def heads(self, shape: int, limit: int) -> Iterator[Head]:
         """The best `limit` pending jobs of a shape: priority, then first come first served."""
@@ -438,7 +471,7 @@ class QueueState:
                 worker=worker,
                 reason=None,
             )
-            self._workers[worker][2] += 1
+            self._book(worker, 2)
             self._tell(E.WORK_CLAIMED, job_id, kind, attempt=attempt, worker=worker, timeout_ms=timeout_ms)
             claimed.append(Claimed(job_id, kind, attempt, index, timeout_ms, pick.gpus, spec, self._requires[shape]))
         return claimed
@@ -489,15 +522,13 @@ class QueueState:
             )
         if row.state == S.CLAIMED and item.started_ms:
             row = self._begin(row, item.started_ms)
-        worker = self._workers[item.worker]
+        self._book(item.worker, 0 if item.ok else 1)
         if item.ok:
             if row.state == S.CLAIMED:
                 row = self._begin(row, self.now_ms)
-            worker[0] += 1
             self._end(row, S.COMPLETED, result=item.result, exit_code=item.exit_code, failures=row.failures)
             self._tell(E.WORK_COMPLETED, row.id, row.kind, attempt=row.attempt, worker=row.worker)
         else:
-            worker[1] += 1
             self._attempt_failed(row, item.error or "failed", item.exit_code, item.retryable, item.cause, item.result)
         return None
 
@@ -626,13 +657,13 @@ class QueueState:
         for item in command.items:
             row = self._row(item.id)
             if row is not None and row.attempt == item.attempt and row.state in IN_PROGRESS:
-                self._workers[row.worker or ""][1] += 1
+                self._book(row.worker or "", 1)
                 self._attempt_failed(row, _verdict(item.cause, row), None, True, item.cause, None)
                 n += 1
         return n
 
     def _on_release(self, index: int, command: c.Release) -> Any:
-        first = self._remembered(command.key, "release")
+        first = self._remembered(command.key, digest := f"release {' '.join(command.ids)}")
         if first is not None:
             return first
         released = []
@@ -644,7 +675,7 @@ class QueueState:
                 continue
             self._release(row, command.reason)
             released.append(job_id)
-        self._remember(command.key, "release", released)
+        self._remember(command.key, digest, released)
         return released
 
     def _release(self, row: _Row, reason: str) -> None:
@@ -652,7 +683,7 @@ class QueueState:
         self._tell(E.WORK_RELEASED, row.id, row.kind, attempt=row.attempt, worker=row.worker, reason=reason)
 
     def _on_cancel(self, index: int, command: c.Cancel) -> Any:
-        first = self._remembered(command.key, "cancel")
+        first = self._remembered(command.key, digest := f"cancel {' '.join(command.ids)}")
         if first is not None:
             return first
         cancelled = []
@@ -664,7 +695,7 @@ class QueueState:
                 continue
             self._cancel(row, command.reason)
             cancelled.append(job_id)
-        self._remember(command.key, "cancel", cancelled)
+        self._remember(command.key, digest, cancelled)
         return cancelled
 
     def _cancel(self, row: _Row, reason: str) -> None:
@@ -676,22 +707,27 @@ class QueueState:
             self._tell(E.WORK_CANCELLED, row.id, row.kind, attempt=row.attempt, worker=row.worker, reason=reason)
 
     def _on_retry(self, index: int, command: c.Retry) -> Any:
-        first = self._remembered(command.key, "retry")
+        first = self._remembered(command.key, digest := f"retry {command.id}")
         if first is not None:
             return first
         row = self._row(command.id)
         if row is None or row.state not in (S.FAILED, S.CANCELLED):
             return _not_now(row, command.id, "retried", "failed or cancelled")
-        key = cast(Any, self._run("SELECT unique_key FROM jobs WHERE seq = ?", (row.seq,)).fetchone())[0]
+        key, spec = cast(Any, self._run("SELECT unique_key, spec FROM jobs WHERE seq = ?", (row.seq,)).fetchone())
         holder = self._run(self._q["unfinished_by_key"], (key,)).fetchone() if key else None
         if holder is not None:
             return Refused(409, f"its unique_key {key!r} is held by the unfinished job {holder[0]}", field="unique_key")
-        self._run(self._q["restart_job"], ("retried by hand", row.moves + 1, row.seq))
+        broken, waits = self._dependencies(json.loads(spec).get("depends_on", ()))
+        if broken is not None:
+            return Refused(409, f"its dependency {broken.id} is {broken.state}; retry that first", field="depends_on")
+        state = S.WAITING if waits else S.PENDING
+        blockers = self._wait_for(row.seq, waits)
+        self._run(self._q["restart_job"], (state.value, blockers, "retried by hand", row.moves + 1, row.seq))
         self._moved(
             seq=row.seq,
             n=row.moves + 1,
             old=row.state,
-            new=S.PENDING,
+            new=state,
             kind=row.kind,
             group=row.group,
             shape=row.shape,
@@ -699,8 +735,8 @@ class QueueState:
             worker=None,
             reason="retried by hand",
         )
-        self._tell(E.WORK_QUEUED, row.id, row.kind, state="pending", reason="retried by hand")
-        self._remember(command.key, "retry", [row.id])
+        self._tell(E.WORK_QUEUED, row.id, row.kind, state=state.value, reason="retried by hand")
+        self._remember(command.key, digest, [row.id])
         return [row.id]
 
     def _on_wake(self, index: int, command: c.Wake) -> int:
@@ -726,7 +762,7 @@ class QueueState:
         self._tell(E.WORK_QUEUED, job_id, kind, state="pending")
 
     def _on_clear(self, index: int, command: c.Clear) -> int:
-        n = 0
+        n, unfinished = 0, self.unfinished_total
         states = [*NOT_STARTED, *(IN_PROGRESS if command.include_running else ())]
         for state in states:
             found = self._run(self._q["unstarted_slice"], (state.value, command.upto_seq, command.limit - n)).fetchall()
@@ -737,11 +773,12 @@ class QueueState:
                     n += 1
             if n >= command.limit:
                 break
-        return n
+        return unfinished - self.unfinished_total  # dependents that went along count too
 
     def _on_prune(self, index: int, command: c.Prune) -> int:
         for state in command.states:
             assert JobState(state) in FINISHED, f"a clean-up never deletes a {state} job"
+        self._flush()
         old: list[tuple[int, int]] = []
         for state in command.states:
             found = self._run(self._q["done_before"], (state, command.before_ms, command.limit)).fetchall()
@@ -751,28 +788,18 @@ class QueueState:
         for seq, _ in sorted(old, key=lambda item: (item[1], item[0]))[: command.limit]:
             row = self._row_by_seq(seq)
             self._counts[(row.state, row.kind, row.group)] -= 1
+            self._shape_jobs[row.shape] -= 1
             for statement in ("jobs", "history", "deps"):
                 self._run(f"DELETE FROM {statement} WHERE seq = ?", (seq,))  # noqa: S608 - three literals
+        self._forget_unused_shapes()
         self._run("DELETE FROM keys WHERE at_ms < ?", (self.now_ms - KEY_AGE_MS,))
-        self._run(
-            "DELETE FROM keys WHERE key IN (SELECT key FROM keys ORDER BY at_ms DESC, key LIMIT -1 OFFSET ?)",
-            (MAX_KEYS,),
-        )
+        self._run(self._q["keys_beyond"], (MAX_KEYS,))
         self._run("DELETE FROM minutes WHERE minute < ?", (self.now_ms // 60_000 - 1_500,))
         return min(len(old), command.limit)
 
     def _beyond(self, command: c.Prune, taken: set[int]) -> list[tuple[int, int]]:
-        """The oldest finished jobs beyond the number to keep."""
-        total = cast(
-            int,
-            cast(
-                Any,
-                self._run(
-                    "SELECT coalesce(sum(n), 0) FROM counts WHERE state IN ('completed', 'failed', 'cancelled')"
-                ).fetchone(),
-            )[0],
-        )
-        total += sum(n for (state, _, _), n in self._counts.items() if state in FINISHED)
+        """The oldest jobs of `states` beyond the number to keep."""
+        total = sum(self._count(state) for state in command.states)
         excess = min(total - len(taken) - command.keep, command.limit)
         if excess <= 0:
             return []
@@ -782,7 +809,17 @@ class QueueState:
             oldest.extend(item for item in cast(list[tuple[int, int]], found) if item[0] not in taken)
         return sorted(oldest, key=lambda item: (item[1], item[0]))[:excess]
 
+    def _forget_unused_shapes(self) -> None:
+        """Of the shapes that just lost a job, those that no job has any more."""
+        gone = [shape for shape, n in self._shape_jobs.items() if n < 0]
+        self._flush()
+        for shape in gone:
+            self._run("DELETE FROM shapes WHERE shape = ? AND jobs = 0", (shape,))
+            if self._db.changes():
+                del self._shapes[self._requires.pop(shape)]
+
     def _on_forget_workers(self, index: int, command: c.ForgetWorkers) -> int:
+        self._flush()
         n = 0
         for worker in command.workers:
             for (job_id,) in self._run(self._q["held_by"], (worker,)).fetchall():
@@ -791,8 +828,20 @@ class QueueState:
                 self._release(row, command.reason)
             self._run("DELETE FROM workers WHERE worker = ?", (worker,))
             n += self._db.changes()
-            self._workers.pop(worker, None)
         return n
+
+
+def _single(cursor: apsw.Cursor) -> Any:
+    return cast(Any, cursor.fetchone())[0]
+
+
+def _renamed(job: c.NewJob, instead: dict[str, str]) -> c.NewJob:
+    """The job with its dependencies on jobs that were not made turned into those on the jobs that stand for them."""
+    if instead.keys().isdisjoint(job.depends_on):
+        return job
+    deps = tuple(instead.get(dep, dep) for dep in job.depends_on)
+    carried = {**json.loads(job.spec), "depends_on": deps}
+    return job._replace(depends_on=deps, spec=json.dumps(carried, separators=(",", ":")).encode())
 
 
 def _not_now(row: _Row | None, job_id: str, what: str, when: str) -> Refused:

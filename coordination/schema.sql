@@ -4,7 +4,8 @@
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 
 -- Equal requirements are one shape: what a claim costs depends on shapes, not on jobs.
-CREATE TABLE shapes (shape INTEGER PRIMARY KEY, requires TEXT NOT NULL UNIQUE);
+-- A shape that no job has any more (`jobs` = 0) goes when those jobs are pruned.
+CREATE TABLE shapes (shape INTEGER PRIMARY KEY, requires TEXT NOT NULL UNIQUE, jobs INTEGER NOT NULL);
 
 CREATE TABLE jobs (
     seq          INTEGER PRIMARY KEY,

@@ -86,7 +86,7 @@ class Submission:
             requires=shape,
             max_attempts=spec.max_attempts if spec.max_attempts is not None else kind.max_attempts,
             backoff_ms=round((backoff if backoff is not None else kind.retry_backoff_seconds) * 1000),
-            timeout_ms=round(timeout * 1000) if timeout is not None else 0,
+            timeout_ms=max(round(timeout * 1000), 1) if timeout is not None else 0,  # 0 would mean: none
             not_before_ms=round(spec.not_before * 1000) if spec.not_before is not None else 0,
             unique_key=spec.unique_key,
             depends_on=tuple(spec.depends_on),

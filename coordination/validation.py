@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import difflib
 import types
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-
-_TAGS = ("function-", "list[", "dict[", "constrained-", "is-instance[")
-_UNION_TAGS = {"str", "bool", "int", "float", "none"}
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], *, prefix: str = "") -> tuple[str, str]:
     """(field, sentence) of the first problem. The field reads as people write it: ``jobs[3].requires.gpus``."""
     problems = error.errors(include_url=False, include_context=False)
     problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    location = _real_steps(problem["loc"])
+    location = _walk(model, problem["loc"])[0]
     sentence = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         name = str(location[-1])
@@ -24,10 +21,10 @@ def first_problem(error: ValidationError, model: type[BaseModel], *, prefix: str
         sentence = "there is no such field" + (f"; did you mean {near[0]!r}?" if near else "")
     elif problem["type"] == "missing":
         sentence = "is required"
-    elif not location and ":" in sentence and sentence.partition(":")[0].isidentifier():
+    elif sentence.partition(": ")[0] in _fields_at(model, location):
         # A whole-model check names its field in its sentence.
-        name, _, rest = sentence.partition(": ")
-        location, sentence = (name,), rest
+        name, _, sentence = sentence.partition(": ")
+        location = (*location, name)
     return join(prefix, *location) or "(body)", sentence
 
 
@@ -42,35 +39,42 @@ def join(*steps: str | int) -> str:
     return text
 
 
-def _real_steps(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Leaves out what pydantic adds for itself: validator names, union members, and the [key] of a mapping."""
+def _walk(model: Any, location: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], Any]:
+    """The steps that are in the input, and the type they end at.
+
+    pydantic adds steps of its own: the members of a union, the names of validators, the [key] of a mapping. Only the
+    types tell them from a key that somebody has named "str".
+    """
     steps: list[int | str] = []
+    current = model
     for step in location:
-        if isinstance(step, str) and (step.startswith(_TAGS) or step in _UNION_TAGS or step == "[key]"):
+        container = _container(current)
+        if container is None or step == "[key]":
             continue
         steps.append(step)
-    return tuple(steps)
+        if isinstance(container, type) and issubclass(container, BaseModel):
+            field = container.model_fields.get(str(step))
+            current = field.annotation if field is not None else None
+        else:
+            current = get_args(container)[-1]
+    return tuple(steps), current
+
+
+def _container(annotation: Any) -> Any:
+    """The model, ``list[…]`` or ``dict[…]`` inside ``… | None``, ``Annotated[…]`` and the like, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    origin = get_origin(annotation)
+    if origin in (list, dict):
+        return annotation
+    if origin is Annotated:
+        return _container(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return next((found for inside in get_args(annotation) if (found := _container(inside)) is not None), None)
+    return None
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    current: Any = model
-    for step in location:
-        if isinstance(step, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
-            continue
-        field = current.model_fields.get(step)
-        current = _model_in(field.annotation) if field is not None else None
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return list(current.model_fields)
-    return []
-
-
-def _model_in(annotation: Any) -> Any:
-    """The model inside ``Model | None``, ``list[Model]`` and the like."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, list, dict, tuple):
-        for inside in get_args(annotation):
-            found = _model_in(inside)
-            if found is not None:
-                return found
-    return None
+    container = _container(_walk(model, location)[1])
+    known = isinstance(container, type) and issubclass(container, BaseModel)
+    return list(container.model_fields) if known else []

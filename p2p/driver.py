@@ -125,15 +125,20 @@ class Driver:
         self._snapshot_not_before = 0.0
         self._durable_applied = 0
         self._compact_upto = Index(0)
+        self._elected: Future[Any] = Future()
+        self._elected.set_running_or_notify_cancel()
+        self._give_up_snapshot = threading.Event()
         self._journal_thread = threading.Thread(target=self._guard(self._journal_loop), name="journal", daemon=True)
         self._apply_thread = threading.Thread(target=self._guard(self._apply_loop), name="apply", daemon=True)
 
     # -- from any thread --------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Begins a term. Proposals are answered once its no-op is committed and everything before it is applied."""
+    def start(self) -> Future[Any]:
+        """Begins a term. The future is done once its no-op is applied, and with it everything that was ever
+        acknowledged: until then this node does not know what it once answered (PROTOCOL §1, "Election")."""
         self._apply_thread.start()
         self._journal_thread.start()
+        return self._elected
 
     def propose(self, body: bytes) -> Future[Any]:
         """The state machine's answer to this entry, once it is durable and applied. Raises Overloaded or Stopped, which
@@ -183,6 +188,7 @@ class Driver:
             self._applier_stop = True
             self._work.notify()
         self._apply_thread.join()
+        self._give_up_snapshot.set()
         if self._snapshot_thread is not None:
             self._snapshot_thread.join()
 
@@ -199,7 +205,7 @@ class Driver:
         return run
 
     def _journal_loop(self) -> None:
-        self._persist(self._replica.step(Campaign()), ())
+        self._persist(self._replica.step(Campaign()), (self._elected,))
         while True:
             batch = self._next_batch()
             self._note_applied()
@@ -343,7 +349,10 @@ class Driver:
         assert self._state_path is not None and self._snapshots is not None
         began = time.monotonic()
         try:
-            made = snapshot.take(self._state_path, self._snapshots)
+            made = snapshot.take(self._state_path, self._snapshots, give_up=self._give_up_snapshot.is_set)
+            kept = snapshot.listed(self._snapshots)
+        except snapshot.GivenUp:
+            return
         except Exception:
             log.exception("snapshot failed; the log is kept and it is tried again in a minute")
             self._snapshot_not_before = time.monotonic() + SNAPSHOT_RETRY_SECONDS
@@ -351,7 +360,9 @@ class Driver:
             return
         log.info("snapshot %s took %.1f s", made.path.name, time.monotonic() - began)
         self._snapshot_index = made.at_index
-        upto = min(made.at_index, self._durable_applied) - TRAILING_ENTRIES
+        # Up to the older of two, so that either of them and the log make the state, should the other be damaged.
+        oldest = kept[-1].at_index if len(kept) > 1 else 0
+        upto = min(oldest, made.at_index - TRAILING_ENTRIES, self._durable_applied)
         with self._wake:
             self._compact_upto = Index(max(upto, 0))
             self._wake.notify()

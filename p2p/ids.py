@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import NewType
 
 NodeId = NewType("NodeId", str)  # the operator's stable name of a node
@@ -10,13 +9,3 @@ DiskId = NewType("DiskId", str)  # 128 random bits made with a store; a voter is
 ClusterId = NewType("ClusterId", str)
 Term = NewType("Term", int)
 Index = NewType("Index", int)  # 1 is the first entry; 0 = none
-
-
-def new_disk_id() -> DiskId:
-    """128 random bits in hexadecimal."""
-    return DiskId(secrets.token_hex(16))
-
-
-def new_cluster_id() -> ClusterId:
-    """64 random bits in hexadecimal."""
-    return ClusterId(secrets.token_hex(8))

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import apsw
-from aiohttp import web
 
 from config.settings import Settings
 from coordination import live
@@ -42,6 +41,7 @@ from coordination.queue_state import QueueState
 from coordination.unified_queue_populator import Populator
 from p2p.api import app as api
 from p2p.api.context import Context
+from p2p.api.listener import listen
 from p2p.driver import Driver
 from p2p.ids import Index, NodeId
 from p2p.journal import snapshot
@@ -53,7 +53,7 @@ from p2p.metrics import exposition
 from p2p.replica import Replica
 from p2p.resources import Resources, detect
 from p2p.storage.disk import DiskLog
-from p2p.workplace import Workplace
+from p2p.workplace import Workplace, attempt_folder
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,6 +61,10 @@ T = TypeVar("T")
 RETRY_SECONDS = 0.2
 SAY_EVERY_SECONDS = 5.0
 SUSPECT = "state.suspect"  # left by a run that found the state damaged: the next start restores it
+
+
+class ToldToStop(Exception):
+    """A signal came before this node had started."""
 
 
 class StartError(Exception):
@@ -85,6 +89,7 @@ class Node:
         self.started_at = time.monotonic()
         self.loops: dict[str, Loop] = {}
         self.port = settings.port
+        self.draining = False
         self._stop = asyncio.Event()
         self._undo: list[Callable[[], Any]] = []
         self._lock: IO[str] | None = None
@@ -98,7 +103,10 @@ class Node:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         try:
-            await self.start()
+            try:
+                await self.start()
+            except ToldToStop:
+                return
             ready(self)
             await self._stop.wait()
             log.info("stopping; running jobs go on under the runner")
@@ -108,7 +116,7 @@ class Node:
     async def start(self) -> None:
         """Raises StartError with a sentence for the person at the terminal."""
         settings = self.settings
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # jobs' environments and results lie there
         settings.log_dir.mkdir(parents=True, exist_ok=True)
         await self._wait_for("the data directory", self._take_lock)
         listener = await self._wait_for(f"port {settings.port}", self._bind)
@@ -118,7 +126,7 @@ class Node:
         self.bus.subscribe(event_log.on_events)
         kinds = Kinds.load(settings.jobs_file)
         state, self.driver = await asyncio.to_thread(self._open_journal)
-        self.driver.start()
+        elected = self.driver.start()
         self._undo.append(lambda: asyncio.to_thread(self.driver.stop))
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reader")
         reader = await asyncio.wrap_future(self._reading.submit(QueueReader, str(self._state_path)))
@@ -135,7 +143,7 @@ class Node:
             lease_ms=round(settings.queue.lease_seconds * 1000),
             max_unfinished=settings.queue.max_unfinished,
         )
-        await self._lead()
+        await self._lead(elected)
         self._build_work()
         await self._listen(listener)
         if settings.worker:
@@ -182,6 +190,8 @@ class Node:
                 said = now
                 log.warning("waiting for %s, which another process holds%s", what, self._holder())
             await asyncio.sleep(RETRY_SECONDS)
+            if self._stop.is_set():
+                raise ToldToStop
 
     def _holder(self) -> str:
         try:
@@ -284,19 +294,14 @@ class Node:
         self._reading.submit(reader.close).result()
         self._reading.shutdown()
 
-    async def _lead(self) -> None:
-        """Waits until the term's no-op is applied, then takes up the leases."""
-        deadline = time.monotonic() + self.settings.start_wait_seconds
-        first = self.driver.progress()
-        while not (first.commit_index and first.applied_index >= first.commit_index):
-            if time.monotonic() > deadline + 600:
-                raise StartError("the journal could not be replayed")
-            await asyncio.sleep(0.005)
-            first = self.driver.progress()
+    async def _lead(self, elected: Future[Any]) -> None:
+        """Waits until the term's no-op is applied, however much is to be replayed, then takes up the leases."""
+        while not (await asyncio.wait([asyncio.wrap_future(elected)], timeout=SAY_EVERY_SECONDS))[0]:
+            progress = self.driver.progress()
+            log.info("replaying the journal: entry %d of %d", progress.applied_index, progress.commit_index)
         await self.desk.begin_term()
-        self.bus.publish(
-            [Event(E.LEADER_ELECTED, self.clock.now_ms(), {"node": self.settings.node_id, "term": first.term})]
-        )
+        term = self.driver.progress().term
+        self.bus.publish([Event(E.LEADER_ELECTED, self.clock.now_ms(), {"node": self.settings.node_id, "term": term})])
 
     def _build_work(self) -> None:
         settings = self.settings
@@ -334,13 +339,11 @@ class Node:
             node_status=self.node_status,
             nodes=self.nodes,
             metrics=exposition(self._read, self.driver.progress, self._loops_json),
-            attempt_folder=lambda job, attempt: self.settings.data_dir / "jobs" / job / str(attempt),
+            attempt_folder=lambda job, attempt: attempt_folder(self.settings.data_dir / "jobs", job, attempt),
             shut_down=self.request_stop,
+            drain=self.drain,
         )
-        runner = web.AppRunner(api.build(context), access_log=None, shutdown_timeout=1.0, keepalive_timeout=75.0)
-        await runner.setup()
-        await web.SockSite(runner, listener, backlog=1024).start()
-        self._undo.append(runner.cleanup)
+        self._undo.append(await listen(api.build(context), listener))
 
     async def _open_workplace(self) -> None:
         settings = self.settings
@@ -366,6 +369,13 @@ class Node:
             ),
         )
 
+    def drain(self, on: bool) -> None:
+        """Stops or resumes taking jobs; what runs goes on."""
+        self.draining = on
+        worker = self.loops.get(WorkerPullLoop.name)
+        if isinstance(worker, WorkerPullLoop):
+            worker.accept(not on)
+
     # -- what it tells ----------------------------------------------------------------------------------------------
 
     @property
@@ -390,6 +400,7 @@ class Node:
             "last_seen_age": 0.0,
             "resources": resources.as_json() if resources else None,
             "running_jobs": running,
+            "draining": self.draining,
             "version": version(),
         }
 
@@ -418,7 +429,7 @@ class Node:
                 "snapshot_index": progress.snapshot_index,
             },
             "loops": self._loops_json(),
-            "not_ready": "stopping" if self._stop.is_set() else None,
+            "not_ready": "stopping" if self._stop.is_set() else "draining" if self.draining else None,
         }
 
     async def status(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ Key = tuple[str, int]
 
 @dataclass(slots=True, kw_only=True)
 class LocalJob:
-    """One attempt on this node. `description` is what the claim said, and what ``job.json`` keeps for a restart."""
+    """One attempt on this node. `description` is what the claim said."""
 
     id: str
     attempt: int
@@ -72,7 +72,7 @@ class Workplace:
         return max(self.max_jobs - sum(not job.ended for job in self.jobs.values()), 0)
 
     def attempt_folder(self, job: str, attempt: int) -> Path:
-        return self.folder / job / str(attempt)
+        return attempt_folder(self.folder, job, attempt)
 
     def add(self, description: dict[str, Any]) -> LocalJob:
         """Takes on a claimed job."""
@@ -81,24 +81,15 @@ class Workplace:
         self.jobs[job.key] = job
         return job
 
-    def adopt(self, job_id: str, attempt: int) -> LocalJob:
-        """Takes up an attempt that the runner has from before this start; its description is in its folder."""
+    def adopt(self, job_id: str, attempt: int, description: dict[str, Any] | None) -> LocalJob:
+        """Takes up an attempt that the runner has from before this start, as the queue describes it. One the queue
+        does not know (any more) takes no room; its end is reported all the same, and refused."""
         known = self.jobs.get((job_id, attempt))
-        if known is not None:
-            return known
-        path = self.attempt_folder(job_id, attempt) / "job.json"
-        try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            description = {"id": job_id, "attempt": attempt, "requires": {}}
-        return self.add(description)
+        return known or self.add(description or {"id": job_id, "attempt": attempt, "requires": {"cpus": 0}})
 
-    def prepare(self, job: LocalJob, log_cap_bytes: int) -> StartSpec:
-        """Makes the attempt's folder with ``job.json`` and answers what the runner is to start. Touches the disk."""
-        job.folder.mkdir(parents=True, exist_ok=True)
+    def start_spec(self, job: LocalJob, log_cap_bytes: int) -> StartSpec:
+        """What the runner is to start; it makes the attempt's folder."""
         told = job.description
-        with (job.folder / "job.json").open("w", encoding="utf-8") as file:
-            json.dump(told, file)
         gpus = told.get("gpus", ())
         return StartSpec(
             job=job.id,
@@ -110,7 +101,7 @@ class Workplace:
                 "CUDA_VISIBLE_DEVICES": ",".join(gpus),
                 "P2P_JOB_ID": job.id,
                 "P2P_ATTEMPT": str(job.attempt),
-                "P2P_TOKEN": str(told.get("token", 0)),
+                "P2P_FENCE_TOKEN": str(told.get("token", 0)),
                 "P2P_NODE_ID": self.node,
                 "P2P_JOB_DIR": str(job.folder),
                 "P2P_URL": self.url,
@@ -124,7 +115,7 @@ class Workplace:
 
     def prune(self, keep: int, hours: float) -> int:
         """Deletes the folders of ended attempts that are too old or too many; how many. Touches the disk a lot."""
-        busy = {job for job, _ in list(self.jobs)}
+        busy = {job.folder.name for job in list(self.jobs.values())}
         found = []
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.name not in busy:
@@ -135,6 +126,12 @@ class Workplace:
         for path in doomed:
             shutil.rmtree(path, ignore_errors=True)
         return len(doomed)
+
+
+def attempt_folder(root: Path, job: str, attempt: int) -> Path:
+    """``<root>/<job>.<attempt>``: one folder an attempt, and no more, for making an inode is what a short job's files
+    cost most."""
+    return root / f"{job}.{attempt}"
 
 
 def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:

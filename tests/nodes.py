@@ -175,6 +175,7 @@ class NodeProcess:
         record: dict[str, Any] = {}
 
         def there() -> bool:
+            record.clear()
             record.update(self.job(job_id))
             return record["state"] in states
 

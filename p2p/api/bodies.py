@@ -31,6 +31,7 @@ _BATCH_HEAD = re.compile(r'\s*\{\s*"jobs"\s*:\s*\[\s*')
 _COMMA = re.compile(r"\s*,\s*")
 _CLOSE = re.compile(r"\s*\]\s*")
 _END = re.compile(r"\s*\}\s*$")
+_NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?(e\+?[0-9]{1,2})?")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -108,8 +109,8 @@ async def read_raw(request: web.Request) -> bytes:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise Problem(413, f"a request is at most {MAX_REQUEST_BYTES} bytes", field="(body)") from None
-    except (web.PayloadAccessError, ValueError) as error:
-        raise Problem(400, f"cannot be read: {error}", field="(body)") from None
+    except (web.RequestPayloadError, web.PayloadAccessError, ValueError) as error:
+        raise Problem(400, f"cannot be read: {' '.join(str(error).split())}", field="(body)") from None
 
 
 async def read_value(request: web.Request) -> Any:
@@ -173,6 +174,8 @@ async def each_job(text: str) -> AsyncIterator[Any]:
         closed = _CLOSE.match(text, at)
         if closed is None:
             raise Problem(400, f"is not JSON: expected ',' or ']' at character {at}", field="(body)")
+    if n == 0:
+        raise InvalidInput("jobs", "is empty")
     if not _END.match(text, closed.end()):
         raise Problem(400, 'a batch has the one field "jobs"', field="(body)")
 
@@ -209,13 +212,9 @@ def query_number(request: web.Request, name: str) -> float | None:
     text = query_text(request, name)
     if text is None:
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= 1e9:
+    if not _NUMBER.fullmatch(text) or float(text) > 1e9:
         raise InvalidInput(name, "must be a number from 0 to 1e9")
-    return value
+    return float(text)
 
 
 def check_query(request: web.Request, *names: str) -> None:

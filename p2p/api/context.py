@@ -41,6 +41,7 @@ class Context:
     metrics: Callable[[], bytes]
     attempt_folder: Callable[[str, int], Path]
     shut_down: Callable[[], None]
+    drain: Callable[[bool], None]
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     def as_of(self, consistency: str = "linearizable") -> dict[str, Any]:
@@ -90,17 +91,29 @@ def answer(
         told["X-P2P-Age-Seconds"] = str(as_of["age_seconds"])
         told["X-P2P-Consistency"] = as_of["consistency"]
     if is_msgpack(request):
-        return web.Response(body=msgpack.packb(body), status=status, content_type="application/msgpack", headers=told)
+        packed = msgpack.packb(body, default=_as_float, unicode_errors="replace")
+        return web.Response(body=packed, status=status, content_type="application/msgpack", headers=told)
     # ASCII on the wire: a lone surrogate in somebody's text must not become an encoding error.
     text = json.dumps(body, separators=(",", ":"))
     return web.Response(body=text.encode("ascii"), status=status, content_type="application/json", headers=told)
 
 
+def _as_float(value: Any) -> Any:
+    """A result may hold whole numbers beyond the 64 bits that msgpack has; they lose digits there, not in JSON."""
+    try:
+        return float(value)
+    except OverflowError:
+        return str(value)
+
+
 def idempotency_key(request: web.Request) -> str:
     """The caller's ``Idempotency-Key``, or a new one. Raises InvalidInput."""
-    key = request.headers.get("Idempotency-Key")
-    if key is None:
+    keys = request.headers.getall("Idempotency-Key", [])
+    if not keys:
         return secrets.token_hex(12)
+    if len(keys) > 1:
+        raise InvalidInput("Idempotency-Key", "was given more than once")
+    key = keys[0]
     if not key or len(key) > MAX_KEY or not key.isprintable() or not key.isascii():
         raise InvalidInput("Idempotency-Key", f"must be 1 to {MAX_KEY} printable ASCII characters")
     return key

@@ -47,6 +47,8 @@ async def submit(request: web.Request) -> web.Response:
     try:
         told = await operations.submit(body, key=key, digest=digest, batch=batch)
     except Exception as error:
+        if isinstance(error, Refused) and batch and error.field.startswith("depends_on"):
+            error.field = f"jobs[0].{error.field}"  # the queue does not know a batch of one from a single job
         raise problem_of(error, key) from error
     created = any(told["created"]) if batch else told["created"]
     where = {} if batch else {"Location": f"/jobs/{told['id']}"}

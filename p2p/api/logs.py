@@ -52,14 +52,17 @@ async def logs(request: web.Request) -> web.StreamResponse:
         async for chunk in _chunks(reader.history(tail)):
             await response.write(chunk)
         if follow:
-            await _follow(here, response, reader, job["id"], attempt)
+            await _follow(here, request, response, reader, (job["id"], attempt))
     await response.write_eof()
     return response
 
 
-async def _follow(here: Context, response: web.StreamResponse, reader: _Reader, job: str, attempt: int) -> None:
+async def _follow(
+    here: Context, request: web.Request, response: web.StreamResponse, reader: _Reader, followed: tuple[str, int]
+) -> None:
     """Sends what is added until the attempt is over, the asker hangs up or the node stops."""
-    while not here.stopping.is_set():
+    job, attempt = followed
+    while not (here.stopping.is_set() or request.transport is None or request.transport.is_closing()):
         held = here.dispatcher.leases.by_job.get(job)
         over = held is None or held.attempt != attempt
         async for chunk in _chunks(reader.added()):

@@ -103,6 +103,18 @@ async def nodes(request: web.Request) -> web.Response:
     return answer(request, {"nodes": here.nodes(), "as_of": as_of}, as_of=as_of)
 
 
+@routes.post("/nodes/{id}/{verb:drain|undrain}")
+async def drain(request: web.Request) -> web.Response:
+    """Drain: this node takes no more jobs and finishes those it has; until undrained or restarted."""
+    check_query(request)
+    await read_model(request, Nothing)
+    here, node_id = context(request), request.match_info["id"]
+    if node_id not in here.nodes():
+        raise Problem(404, f"there is no node {node_id[:80]!r}", field="id")
+    here.drain(request.match_info["verb"] == "drain")
+    return answer(request, here.nodes()[node_id])
+
+
 @routes.get("/metrics")
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus text."""
@@ -119,7 +131,7 @@ async def shutdown(request: web.Request) -> web.Response:
     return answer(request, {"shutting_down": True})
 
 
-@routes.get("/events")
+@routes.get("/events", allow_head=False)
 async def events(request: web.Request) -> web.StreamResponse:
     """Server-sent events; ``?after=N`` (or Last-Event-ID) replays what is remembered after number N."""
     check_query(request, "after")
@@ -169,7 +181,8 @@ def prepare(app: web.Application) -> None:
     app[_listeners] = listeners
 
     async def stop(app: web.Application) -> None:
-        for feed in list(app[_listeners]):
+        feeds: set[_Feed] = app[_listeners]
+        for feed in tuple(feeds):
             feed.stop()
 
     app.on_shutdown.append(stop)

@@ -41,6 +41,10 @@ class AlertBody(Closed):
     severity: Literal["info", "warning", "critical"] = "warning"
 
 
+class AlertName(Closed):
+    name: Text = Field(min_length=1, max_length=100)
+
+
 class Nothing(Closed):
     """A body with no fields."""
 
@@ -144,3 +148,11 @@ async def raise_alert(request: web.Request) -> web.Response:
     check_query(request)
     body = await read_model(request, AlertBody)
     return answer(request, await context(request).operations.raise_alert(body.name, body.message, body.severity))
+
+
+@routes.post("/alerts/clear")
+async def clear_alert(request: web.Request) -> web.Response:
+    """``{"name"}`` -> ``{"alert", "cleared"}``."""
+    check_query(request)
+    body = await read_model(request, AlertName)
+    return answer(request, await context(request).operations.clear_alert(body.name))

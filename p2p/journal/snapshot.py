@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -40,11 +41,17 @@ def listed(directory: Path) -> list[Snapshot]:
     return sorted(found, key=lambda snapshot: snapshot.at_index, reverse=True)
 
 
-def take(state: Path, directory: Path) -> Snapshot:
-    """Copies the state database; blocks, so it runs in a thread of its own. Keeps the newest two."""
+class GivenUp(Exception):
+    """The snapshot was abandoned because the node stops."""
+
+
+def take(state: Path, directory: Path, *, give_up: Callable[[], bool] = lambda: False) -> Snapshot:
+    """Copies the state database; blocks, so it runs in a thread of its own. Keeps the newest two. Raises GivenUp soon
+    after `give_up` answers true."""
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = directory / "unfinished.db"
-    unfinished.unlink(missing_ok=True)
+    for side in ("", "-journal", "-wal", "-shm"):
+        Path(f"{unfinished}{side}").unlink(missing_ok=True)
     source = apsw.Connection(str(state), flags=apsw.SQLITE_OPEN_READONLY)
     target = apsw.Connection(str(unfinished))
     try:
@@ -53,6 +60,8 @@ def take(state: Path, directory: Path) -> Snapshot:
         meta = {str(key): int(cast(int, value)) for key, value in found}
         with target.backup("main", source, "main") as backup:
             while not backup.done:
+                if give_up():
+                    raise GivenUp
                 backup.step(PAGES_A_STEP)
     finally:
         target.close()
@@ -72,7 +81,7 @@ def take(state: Path, directory: Path) -> Snapshot:
 def restore(directory: Path, state: Path) -> Snapshot | None:
     """Puts the newest snapshot that passes its hash and SQLite's integrity check in place of `state`."""
     for snapshot in listed(directory):
-        if _sha256(snapshot.path) != snapshot.path.with_suffix(".sha256").read_text(encoding="ascii").strip():
+        if _sha256(snapshot.path).encode() != snapshot.path.with_suffix(".sha256").read_bytes().strip():
             continue
         incoming = state.with_suffix(".incoming")
         shutil.copyfile(snapshot.path, incoming)

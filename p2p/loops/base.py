@@ -71,8 +71,7 @@ class Loop(ABC):
 
     async def run_once(self) -> None:
         """One counted turn; a passing failure is noted and survived."""
-        self.last_run_time = time.time()
-        self.runs += 1
+        self.began_turn()
         try:
             await self.turn()
         except PASSING as error:
@@ -80,6 +79,11 @@ class Loop(ABC):
         except Exception as error:
             self._failed(error)
             raise
+
+    def began_turn(self) -> None:
+        """Counts a turn; a loop whose turn has rounds of its own counts each round."""
+        self.last_run_time = time.time()
+        self.runs += 1
 
     def _failed(self, error: Exception) -> None:
         self.errors += 1

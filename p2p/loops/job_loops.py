@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from config.settings import WorkerSettings
 from coordination.commands import AttemptDone
@@ -18,16 +19,18 @@ from coordination.errors import OutcomeUnknown, Refused
 from coordination.leases import Claimant, Signs, Verdict
 from p2p.driver import Overloaded
 from p2p.loops.base import Loop
-from p2p.runner.client import ActivitySample, AttemptReport, RunnerClient, RunnerUnavailable, StartSpec
+from p2p.runner.client import ActivitySample, AttemptReport, RunnerBusy, RunnerClient, RunnerUnavailable
 from p2p.workplace import MAX_PROGRESS_BYTES, MAX_RESULT_BYTES, Key, LocalJob, Workplace, read_json
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 OVERDUE_SLACK_MS = 90_000  # beyond its timeout and grace an attempt is its worker's to end; then the leader gives it up
 REPORT_BATCH = 500
 CLAIM_BATCH = 128
 BEAT_GAP_SECONDS = 0.05  # starts are told at once, but not one by one
 RETRY_SECONDS = 0.5
+RUNNER_SHUTDOWN_SECONDS = 3.0
 FOLDER_PRUNE_SECONDS = 300.0
 STRICT_SHARE = 0.8  # of a lease: a strict job is stopped this long after the last renewal (PROTOCOL §1)
 
@@ -85,6 +88,7 @@ class Desk(Protocol):
     def make_room(self, room: Room) -> None: ...
     def claim(self, worker: str, *, wait_seconds: float) -> Awaitable[tuple[list[dict[str, Any]], list[Claimant]]]: ...
     def heartbeat(self, worker: str, beats: list[Beat], *, first: bool) -> Awaitable[tuple[list[str], list[str]]]: ...
+    def describe(self, keys: list[Key]) -> Awaitable[dict[Key, dict[str, Any]]]: ...
     def finish(self, items: tuple[AttemptDone, ...]) -> Awaitable[list[Refused | None]]: ...
     def mono_ms(self) -> int: ...
 
@@ -116,6 +120,11 @@ class WorkerPullLoop(Loop):
         self.accepting = True
         self.stats.update(jobs_pulled=0, pull_failures=0, jobs_reported=0, reports_refused=0)
 
+    def accept(self, on: bool) -> None:
+        """Whether this node takes more jobs; what runs goes on either way."""
+        self.accepting = on
+        self._tell_room()
+
     def running_jobs(self) -> int:
         """Attempts that run here now."""
         return sum(not job.ended for job in self.workplace.jobs.values())
@@ -142,6 +151,16 @@ class WorkerPullLoop(Loop):
         except* RunnerUnavailable as group:
             self._failed(RunnerUnavailable("; ".join(str(error) for error in group.exceptions)))
         finally:
+            await self._leave_runner()
+
+    async def _leave_runner(self) -> None:
+        """An idle runner ends with its node; one with jobs or undelivered ends stays for the next start."""
+        try:
+            if self.runner.connected and not self.workplace.jobs:
+                await asyncio.wait_for(self.runner.shutdown(), RUNNER_SHUTDOWN_SECONDS)
+        except (RunnerBusy, RunnerUnavailable, TimeoutError) as error:
+            log.info("the runner stays: %s", error)
+        finally:
             await self.runner.close()
 
     # -- what the runner says ----------------------------------------------------------------------------------
@@ -149,17 +168,28 @@ class WorkerPullLoop(Loop):
     async def _take_up(self, known: list[AttemptReport]) -> None:
         """After a (re)start: adopt what runs, queue what ended, start again what the runner never got, tell the
         leader what this node really has."""
+        self._stopping.clear()  # what was asked of a lost connection may not have arrived
         listed = {report.key for report in known}
+        described = await self._described([r.key for r in known if r.key not in self.workplace.jobs])
         for report in known:
-            job = self.workplace.adopt(report.job, report.attempt)
+            job = self.workplace.adopt(report.job, report.attempt, described.get(report.key))
             job.told_start = False
         self._on_report(known)
         missing = [job for key, job in self.workplace.jobs.items() if key not in listed and not job.ended]
         await self._begin(missing)
+        await self._until_answered(lambda: self._send_beats(list(self.workplace.jobs.values()), {}, first=True))
+
+    async def _described(self, keys: list[Key]) -> dict[Key, dict[str, Any]]:
+        """What the queue says of attempts that were claimed before this start."""
+        if not keys:
+            return {}
+        return await self._until_answered(lambda: self._desk.describe(keys))
+
+    async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Asks the leader until it answers: without it this node can only wait, and its jobs run on."""
         while True:
             try:
-                await self._send_beats(list(self.workplace.jobs.values()), {}, first=True)
-                return
+                return await ask()
             except (Refused, OutcomeUnknown, Overloaded) as error:
                 self._failed(error)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -192,6 +222,7 @@ class WorkerPullLoop(Loop):
     async def _pull(self) -> None:
         while True:
             try:
+                self.began_turn()
                 self._tell_room()
                 jobs, notices = await self._desk.claim(
                     self.workplace.node, wait_seconds=self._settings.claim_wait_seconds
@@ -218,11 +249,7 @@ class WorkerPullLoop(Loop):
         if not jobs:
             return
         cap = self._settings.log_cap_mb << 20
-        specs = await asyncio.to_thread(_prepare_all, self.workplace, jobs, cap)
-        for job, spec in zip(jobs, specs, strict=True):
-            if isinstance(spec, str):
-                self._on_report([_never_ran(job, spec)])
-        await self.runner.start([spec for spec in specs if isinstance(spec, StartSpec)])
+        await self.runner.start([self.workplace.start_spec(job, cap) for job in jobs])
 
     async def _kill(self, doomed: list[Claimant], reason: str) -> None:
         for item in doomed:
@@ -266,9 +293,8 @@ class WorkerPullLoop(Loop):
         self._renewed_at = self._desk.mono_ms()
         for job in jobs:
             job.told_start = job.told_start or job.started_ms is not None
-        by_id = {job.id: job for job in jobs}
         for reason, ids in (("stale", stale), ("cancelled", cancelled)):
-            await self._kill([Claimant(by_id[i].id, by_id[i].attempt) for i in ids if i in by_id], reason)
+            await self._kill(_oldest(jobs, ids), reason)
 
     async def _stop_strict(self) -> None:
         """``fence: strict``: stopped before the lease could have passed to another worker."""
@@ -312,19 +338,17 @@ class WorkerPullLoop(Loop):
             await asyncio.sleep(FOLDER_PRUNE_SECONDS)
 
 
-def _prepare_all(workplace: Workplace, jobs: list[LocalJob], cap: int) -> list[StartSpec | str]:
-    """For each job what the runner is to start, or why its folder could not be made."""
-    specs: list[StartSpec | str] = []
-    for job in jobs:
-        try:
-            specs.append(workplace.prepare(job, cap))
-        except OSError as error:
-            specs.append(f"its folder could not be made: {error}")
-    return specs
-
-
-def _never_ran(job: LocalJob, why: str) -> AttemptReport:
-    return AttemptReport(job=job.id, attempt=job.attempt, state="exited", reason="spawn_failed", error=why)
+def _oldest(jobs: list[LocalJob], ids: list[str]) -> list[Claimant]:
+    """The attempts that a leader's list of job ids means. This node may hold two attempts of one job, the older of them
+    fenced off and still being ended; an id named once means the oldest, named twice the two oldest."""
+    left = sorted((job for job in jobs if job.id in set(ids)), key=lambda job: job.attempt)
+    found = []
+    for job_id in ids:
+        job = next((job for job in left if job.id == job_id), None)
+        if job is not None:
+            left.remove(job)
+            found.append(Claimant(job.id, job.attempt))
+    return found
 
 
 def _signs(job: LocalJob, sample: ActivitySample | None, progress: bytes | None) -> Signs:

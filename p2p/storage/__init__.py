@@ -17,6 +17,10 @@ from p2p.effects import Entry, HardState
 from p2p.ids import ClusterId, DiskId, Index, NodeId
 
 CHAIN_BYTES = 16
+COMPACT_SLICE = 2_000  # entries forgotten between two batches
+NOTHING_CHANGED = (
+    "Nothing was changed. Restore this data directory from a backup, or move it aside to start an empty node"
+)
 
 
 class StorageError(Exception):
@@ -88,6 +92,5 @@ def judge(bad: int, last: int, floor: int) -> None:
         return
     raise CorruptLog(
         f"journal entry {bad} (of 1..{last}, acknowledged up to {floor}) does not match its checksum: the disk has "
-        "lost acknowledged data. Nothing was changed. Restore this data directory from a backup, or move it aside to "
-        "start an empty node"
+        f"lost acknowledged data. {NOTHING_CHANGED}"
     )
