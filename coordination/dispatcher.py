@@ -93,6 +93,7 @@ class Dispatcher:
         self._reserved: set[int] = set()
         self._deciding = asyncio.Lock()
         self._parked: dict[asyncio.Future[None], str] = {}  # -> the worker whose claim it is
+        self._wakes = 0  # how often all were woken: a claim that was looking meanwhile looks again before it parks
         self._loop: asyncio.AbstractEventLoop | None = None
         self._began_at = clock.mono_ms()
 
@@ -126,7 +127,9 @@ class Dispatcher:
         """The state machine's answer; a Refused answer is raised. Raises OutcomeUnknown if none came in time."""
         future = self._journal.propose(c.encode(command))
         try:
-            result = await asyncio.wait_for(asyncio.wrap_future(future), PROPOSE_SECONDS)
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the answer.
+            async with asyncio.timeout(PROPOSE_SECONDS):
+                result = await asyncio.wrap_future(future)
         except TimeoutError:
             if future.cancelled():
                 raise Refused(503, "the journal is too slow; nothing was done") from None
@@ -194,7 +197,7 @@ class Dispatcher:
                 return [], []  # before anything is placed: an attempt that nobody was told of is a line in its history
             self._heard(worker)
             notices = self.leases.take_notices(worker)
-            room = self.rooms.get(worker)
+            room, wakes = self.rooms.get(worker), self._wakes
             jobs: list[dict[str, Any]] = []
             if room is not None and room.max_jobs > 0 and self._state.pending_total > 0:
                 jobs = await self._place(room.free, room.max_jobs)
@@ -204,7 +207,8 @@ class Dispatcher:
             left = deadline - self._clock.mono_ms()
             if jobs or notices or left <= 0 or gone():
                 return jobs, notices
-            await self._park(worker, left / 1000)
+            if self._wakes == wakes and self.rooms.get(worker) is room:
+                await self._park(worker, left / 1000)
 
     async def _place(self, offer: Offer, max_jobs: int) -> list[dict[str, Any]]:
         """Chooses, reserves, and journals the choice; the reservation keeps a second claim off the same jobs."""
@@ -237,7 +241,8 @@ class Dispatcher:
         parked: asyncio.Future[None] = self._loop.create_future()
         self._parked[parked] = worker
         try:
-            await asyncio.wait_for(parked, seconds)
+            async with asyncio.timeout(seconds):
+                await parked
         except TimeoutError:
             pass  # the claim answers empty and is made again
         finally:
@@ -245,6 +250,7 @@ class Dispatcher:
 
     def wake_parked(self, worker: str | None = None) -> None:
         """Something is pending, or someone must be told something: every parked claim looks again, or one worker's."""
+        self._wakes += worker is None
         for parked, whose in self._parked.items():
             if (worker is None or whose == worker) and not parked.done():
                 parked.set_result(None)
@@ -391,7 +397,9 @@ class Dispatcher:
     def why_pending(self, requires: str) -> str:
         """In words, why a pending job of these requirements has not been placed."""
         shape = _shape(requires)
-        offers = list(self.rooms.values())
+        offers = [room for worker, room in self.rooms.items() if self._is_there(worker)]
+        if not offers and self.rooms:
+            return f"all {len(self.rooms)} known workers have been silent for longer than a lease: restart them"
         if not offers:
             return "no worker has asked for work yet"
         never = [misfits(shape, seen.total) for seen in offers]
@@ -402,6 +410,12 @@ class Dispatcher:
         if all(now):
             return f"waits for room; all {len(offers)} nodes are busy: {_tally(now)}"
         return "fits now; jobs of higher priority or older ones go first"
+
+    def _is_there(self, worker: str) -> bool:
+        """Whether it waits for work now, or was heard of within a lease."""
+        last = self.leases.seen_at.get(worker)
+        silent = last is None or self._clock.mono_ms() - last > self.leases.lease_ms
+        return not silent or worker in self._parked.values()
 
     # -- what the queue says -----------------------------------------------------------------------------------
 

@@ -192,8 +192,9 @@ class LeaseTable:
             if now_ms - held.claimed_ms < threshold_ms:
                 continue
             verdict = self._lapse(held, now) or self._overdue(held, now_ms, slack_ms)
-            quiet = now - held.alive_at
-            if verdict is None and quiet >= threshold_ms:
+            # Known up to the last heartbeat only: between two of them silence says nothing, whatever the threshold.
+            quiet = held.renewed_at - held.alive_at
+            if verdict is None and quiet >= max(threshold_ms, 1):
                 reason = f"no output, progress, CPU or GPU use for {quiet / 1000:.0f} s"
                 verdict = Verdict(held, "no_sign_of_life", reason)
             if verdict is not None:

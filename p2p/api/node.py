@@ -45,7 +45,8 @@ class _Feed:
 
     async def next(self) -> list[tuple[int, Event]]:
         try:
-            await asyncio.wait_for(self._wake.wait(), SSE_PING_SECONDS)
+            async with asyncio.timeout(SSE_PING_SECONDS):
+                await self._wake.wait()
             self.idle = False
         except TimeoutError:
             self.idle = True

@@ -62,7 +62,10 @@ class Loop(ABC):
             while True:
                 await self.run_once()
                 try:
-                    await asyncio.wait_for(self._poke.wait(), self.interval_seconds)
+                    # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the poke, and
+                    # the loop would never stop.
+                    async with asyncio.timeout(self.interval_seconds):
+                        await self._poke.wait()
                 except TimeoutError:
                     pass  # nobody cut the wait short
                 self._poke.clear()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +156,8 @@ class WorkerPullLoop(Loop):
         """An idle runner ends with its node; one with jobs or undelivered ends stays for the next start."""
         try:
             if self.runner.connected and not self.workplace.jobs:
-                await asyncio.wait_for(self.runner.shutdown(), RUNNER_SHUTDOWN_SECONDS)
+                async with asyncio.timeout(RUNNER_SHUTDOWN_SECONDS):
+                    await self.runner.shutdown()
         except (RunnerBusy, RunnerUnavailable, TimeoutError) as error:
             log.info("the runner stays: %s", error)
         finally:
@@ -282,7 +282,8 @@ class WorkerPullLoop(Loop):
                 await self._stop_strict()
             await asyncio.sleep(BEAT_GAP_SECONDS)
             try:
-                await asyncio.wait_for(self._beat_soon.wait(), max(next_full - loop.time(), 0))
+                async with asyncio.timeout_at(next_full):
+                    await self._beat_soon.wait()
             except TimeoutError:
                 pass  # time for a full beat
 

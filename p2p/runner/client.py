@@ -125,7 +125,6 @@ class RunnerClient:
         answer = await link.ask(("shutdown", None), "shutdown")
         if answer["unfinished"]:
             raise RunnerBusy(f"{answer['unfinished']} jobs are unfinished")
-        link.on_lost = None
         await link.gone.wait()
         self._link = None
 
@@ -200,7 +199,8 @@ class _Link(asyncio.Protocol):
     async def ask(self, key: tuple[str, Any], kind: str, **body: Any) -> dict[str, Any]:
         await self.send(kind, **body)
         try:
-            return await asyncio.wait_for(self._answer(key), REQUEST_SECONDS)
+            async with asyncio.timeout(REQUEST_SECONDS):
+                return await self._answer(key)
         except TimeoutError:
             raise RunnerUnavailable(f"the runner did not answer {kind} within {REQUEST_SECONDS:g} s") from None
 
@@ -265,6 +265,8 @@ class _Link(asyncio.Protocol):
                 if not waiting.done():
                     waiting.set_exception(ProtocolError(message["message"]))
         else:
+            if kind == "shutdown" and not message["unfinished"]:
+                self.on_lost = None  # what follows is no loss; the connection may close before our caller runs again
             self._resolve((kind, message.get("number")), message)
 
     def _resolve(self, key: tuple[str, Any], message: dict[str, Any]) -> None:

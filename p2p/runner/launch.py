@@ -51,7 +51,8 @@ async def launch(directory: Path, *, timeout_seconds: float) -> None:
     finally:
         os.close(log_fd)
     try:
-        code = await asyncio.wait_for(starter.wait(), timeout_seconds)
+        async with asyncio.timeout(timeout_seconds):
+            code = await starter.wait()
     except TimeoutError:
         starter.kill()
         await starter.wait()

@@ -144,12 +144,11 @@ def test_the_owner_of_a_socket_is_told_and_an_orphaned_socket_has_none(host: str
 @needs_root
 def test_a_socket_closed_right_after_sending_is_not_taken_for_roots(desk: NodeProcess) -> None:
     def send_and_vanish() -> int:
-        connection = socket.create_connection(("127.0.0.1", desk.port))
-        body = b'{"command": ["true"], "unique_key": "orphan"}'
-        head = (
-            f"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        connection = socket.create_connection(("127.0.0.1", desk.port), timeout=10)
+        # Long enough to be in flight still when the node looks for the sender; the kernel delivers it all the same.
+        body = b'{"command": ["true"], "unique_key": "orphan"}' + b" " * (1 << 20)
+        head = "POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         port = int(connection.getsockname()[1])
         connection.close()
         return port

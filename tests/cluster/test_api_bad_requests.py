@@ -536,6 +536,12 @@ OPERATORS = [
     to("/alerts", "name-long", "name", "at most 100", {"name": "x" * 101}),
     to("/alerts", "severity", "severity", "'info', 'warning' or 'critical'", {"name": "a", "severity": "bad"}),
     to("/alerts", "message", "message", "string", {"name": "a", "message": 1}),
+    to("/alerts/clear", "nothing", "name", "is required", {}),
+    to("/alerts/clear", "name", "name", "printable", {"name": "\u202e"}),
+    to("/nodes/nobody/drain", "unknown", "id", "there is no node 'nobody'", {}, 404),
+    to("/nodes/%00/undrain", "nul", "id", "there is no node", {}, 404),
+    to("/nodes/n1/drain", "body", "until", "no such field", {"until": "noon"}),
+    to("/nodes/n1/explode", "verb", None, UNKNOWN, {}, 404),
     to("/admin/shutdown", "body", "now", "no such field", {"now": True}),
 ]
 

@@ -51,12 +51,17 @@ if arguments and re.fullmatch("-[A-Z0-9]+", arguments[0]):
 answer = subprocess.run(["{pgrep}", *arguments], capture_output=True, text=True)
 sys.stderr.write(answer.stderr)
 ours = re.compile(re.escape(os.environb[b"RUNBOOK_HOME"]) + rb"(/|\\0)")
+elsewhere, at = {{os.getpid()}}, int(os.environ.get("RUNBOOK_SSH", 0))
+while at > 1:  # the ssh that brought us here, and who called it, are on the operator's machine
+    elsewhere.add(at)
+    with open(f"/proc/{{at}}/stat") as file:
+        at = int(file.read().rpartition(")")[2].split()[1])
 hit = 0
 for pid in map(int, answer.stdout.split()):
     try:
         with open(f"/proc/{{pid}}/environ", "rb") as file:
             mine = ours.search(file.read())
-        if mine and pid != os.getpid():
+        if mine and pid not in elsewhere:
             os.kill(pid, number)
             hit += 1
     except OSError:
@@ -68,7 +73,7 @@ SSH = """#!/bin/bash
 while [[ $1 == -* ]]; do case $1 in -[opilF]) shift 2 ;; *) shift ;; esac; done
 shift   # the host
 cd "$HOME" || exit 255
-"$BASH" -c "$*" < /dev/null 2>&1 | cat
+RUNBOOK_SSH=$$ "$BASH" -c "$*" < /dev/null 2>&1 | cat
 status=${PIPESTATUS[0]}
 (( status > 128 )) && exit 255
 exit "$status"
@@ -99,7 +104,7 @@ if _file:
 QUIET = {
     "node_id": NODE_ID,
     "host": "127.0.0.1",
-    "queue": {"lease_seconds": 2, "heartbeat_seconds": 0.1},
+    "queue": {"lease_seconds": 10, "heartbeat_seconds": 0.1},
     "reaper": {"interval_seconds": 600, "stuck_job_threshold_seconds": 1e6, "stale_job_threshold_seconds": 1e6},
     "populator": {"enabled": False},
     "health": {"interval_seconds": 0.2},
@@ -129,7 +134,9 @@ class Deployment:
         self.url = f"http://127.0.0.1:{self.port}"
         self.settings: dict[str, Any] = {**QUIET, "port": self.port}
         for section, values in settings.items():
-            self.settings[section] = {**self.settings.get(section, {}), **values} if isinstance(values, dict) else values
+            self.settings[section] = (
+                {**self.settings.get(section, {}), **values} if isinstance(values, dict) else values
+            )
         self.clock = home / "clock"
         self.environment = {
             "HOME": str(home),

@@ -116,9 +116,13 @@ class Queue:
 
     def history(self, id: str) -> list[tuple[Any, ...]]:
         """``[(n, state, attempt, reason)]``."""
-        return connection(self.state).execute(
-            "SELECT n, state, attempt, reason FROM history WHERE seq = ? ORDER BY n", (self.column(id, "seq"),)
-        ).fetchall()
+        return (
+            connection(self.state)
+            .execute(
+                "SELECT n, state, attempt, reason FROM history WHERE seq = ? ORDER BY n", (self.column(id, "seq"),)
+            )
+            .fetchall()
+        )
 
     def rows(self, table: str) -> list[tuple[Any, ...]]:
         return dump(self.state)[table]

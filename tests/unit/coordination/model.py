@@ -75,7 +75,7 @@ class QueueModel:
     def in_state(self, *states: str) -> list[ModelJob]:
         return sorted((j for j in self.jobs.values() if j.state in states), key=lambda j: j.seq)
 
-    # -- steps ---------------------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------------------------
 
     def _move(self, job: ModelJob, state: str) -> None:
         job.state = state
@@ -116,7 +116,7 @@ class QueueModel:
             self.keys[key] = (self.now, digest, answer)
         return answer
 
-    # -- commands --------------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------------------------
 
     def submit(self, jobs: Iterable[NewJob], key: str, digest: str) -> Any:
         """The ids, or a Refusal."""

@@ -136,7 +136,7 @@ def test_new_leader_gives_up_nothing_it_has_known_for_less_than_a_lease() -> Non
     assert causes(leases.never_started(late, 1_000)) == [("new", "never_started")]
 
 
-# -- stuck ---------------------------------------------------------------------------------------------------------------
+# -- stuck -----------------------------------------------------------------------------------------------------------
 
 
 def run(leases: LeaseTable, seconds: int, signs: Any, *, every: int = 5) -> tuple[int, int]:

@@ -91,14 +91,16 @@ def test_whole_demand_goes_to_the_smallest_gpu_that_fits() -> None:
     assert choose_gpus(shape(gpus=1, gpu_memory_mb=10_000), offer) == ("small",)
 
 
-def test_shares_fill_one_gpu_before_the_next() -> None:
+@pytest.mark.parametrize("parts", range(2, 21))
+def test_shares_fill_one_gpu_before_the_next(parts: int) -> None:
+    """However many equal parts, they make a whole, whatever floats say."""
     offer = Offer(node="n1", cpus=64, gpus=(gpu("G1"), gpu("G2")))
-    wants = shape(gpus=1, gpu_share=0.1, gpu_memory_mb=8_000, cpus=0)
+    wants = shape(gpus=1, gpu_share=1 / parts, gpu_memory_mb=80_000 // parts, cpus=0)
     placed = []
     while (chosen := choose_gpus(wants, offer)) is not None:
         placed += chosen
         offer = take(offer, wants, chosen)
-    assert placed == ["G1"] * 10 + ["G2"] * 10, "ten tenths are a whole, whatever floats say"
+    assert placed == ["G1"] * parts + ["G2"] * parts
 
 
 def test_take_leaves_the_rest() -> None:

@@ -121,7 +121,12 @@ def test_reader_answers_every_question_on_a_real_file(tmp_path: Path) -> None:
     step(state, c.Finish(T0 + 1, (c.AttemptDone("a", 1, "w", False, None, "boom", 3, True, T0, "exit"),)))
     reader = QueueReader(path)
     (failure,) = reader.recent_failures(5)
-    assert (failure["id"], failure["error"], failure["exit_code"], failure["failed_at"]) == ("a", "boom", 3, (T0 + 1) / 1000)
+    assert (failure["id"], failure["error"], failure["exit_code"], failure["failed_at"]) == (
+        "a",
+        "boom",
+        3,
+        (T0 + 1) / 1000,
+    )
     assert [row.job for row in reader.held()] == ["b"]
     assert reader.next_due_ms() == T0 + 5
     assert reader.oldest_pending_ms() is None

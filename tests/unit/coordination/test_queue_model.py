@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -108,14 +109,21 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.queue.state.pending_total)
     @rule(worker=WORKERS, n=st.integers(1, 4), number=NUMBERS)
     def claim_the_heads(self, worker: str, n: int, number: int) -> None:
-        heads = [head.seq for shape, _, _ in self.queue.state.ready_shapes() for head in self.queue.state.heads(shape, n)]
+        heads = [
+            head.seq for shape, _, _ in self.queue.state.ready_shapes() for head in self.queue.state.heads(shape, n)
+        ]
         picks = [*heads[:n], number % (self.model.seq + 2)]  # and one that may be in any state or none
         answer = self.apply(c.Claim(self.queue.now, worker, tuple(c.Pick(seq, None) for seq in picks)))
         assert [(job.id, job.attempt) for job in answer] == self.model.claim(worker, picks)
         assert all(job.token == len(self.queue.entries) for job in answer)
 
     @precondition(lambda self: self.model.in_state("claimed"))
-    @rule(number=NUMBERS, worker=WORKERS, own=st.sampled_from([True, True, False]), older=st.sampled_from([0, 0, 0, 1, -1]))
+    @rule(
+        number=NUMBERS,
+        worker=WORKERS,
+        own=st.sampled_from([True, True, False]),
+        older=st.sampled_from([0, 0, 0, 1, -1]),
+    )
     def begin_one(self, number: int, worker: str, own: bool, older: int) -> None:
         id, attempt, worker = self.attempt_of(number, worker, own, older, "claimed")
         self.apply(c.Begin(self.queue.now, worker, (c.Began(id, attempt, self.queue.now),)))
@@ -285,7 +293,7 @@ class QueueMachine(RuleBasedStateMachine):
         edges = {(str(old) if old else None, str(new)) for old, new in EDGES}
         for job in self.model.jobs.values():
             states = [None, *(state for state, _ in job.story)]
-            assert edges.issuperset(zip(states, states[1:], strict=False))
+            assert edges.issuperset(pairwise(states))
 
     @invariant()
     def a_completed_job_stays_completed_by_the_same_attempt(self) -> None:
@@ -295,7 +303,7 @@ class QueueMachine(RuleBasedStateMachine):
             if id in self.model.jobs:
                 assert (self.model.jobs[id].state, self.model.jobs[id].attempt) == first
 
-    # -- and at the end -----------------------------------------------------------------------------------------------
+    # -- and at the end ----------------------------------------------------------------------------------------------
 
     def same_in_other_batches(self) -> None:
         """The same entries in other batches, with a reopening and a replay in the middle, leave the same tables."""

@@ -155,7 +155,7 @@ def test_dependent_with_not_before_waits_for_both(queue: Queue) -> None:
     assert queue.states("b") == ["pending"]
 
 
-# -- attempts ----------------------------------------------------------------------------------------------------------
+# -- attempts --------------------------------------------------------------------------------------------------------
 
 
 def test_stale_attempt_cannot_complete_job(queue: Queue) -> None:
@@ -253,7 +253,7 @@ def test_history_keeps_the_first_ten_and_the_newest(queue: Queue) -> None:
     assert len(numbers) == MAX_HISTORY
 
 
-# -- retry by hand -------------------------------------------------------------------------------------------------------
+# -- retry by hand ---------------------------------------------------------------------------------------------------
 
 
 def test_retry_starts_over_with_all_attempts(queue: Queue) -> None:
@@ -261,7 +261,11 @@ def test_retry_starts_over_with_all_attempts(queue: Queue) -> None:
     queue.claim("a")
     queue.finish("a", ok=False)
     assert queue.retry("a") == ["a"]
-    assert (queue.column("a", "failures"), queue.column("a", "error"), queue.column("a", "finished_ms")) == (0, None, None)
+    assert (queue.column("a", "failures"), queue.column("a", "error"), queue.column("a", "finished_ms")) == (
+        0,
+        None,
+        None,
+    )
     (claimed,) = queue.claim("a")
     assert claimed.attempt == 2, "the fence never goes back"
 
@@ -316,7 +320,7 @@ def test_only_failed_and_cancelled_jobs_can_be_retried(queue: Queue, state: str)
     refused(queue.retry("ghost"), 404, "id")
 
 
-# -- clearing and forgetting ----------------------------------------------------------------------------------------------
+# -- clearing and forgetting -----------------------------------------------------------------------------------------
 
 
 def test_clear_counts_the_dependents_that_went_along(queue: Queue) -> None:
@@ -373,6 +377,17 @@ def test_pruned_jobs_leave_nothing_behind(queue: Queue) -> None:
     assert queue.column("c", "seq") == 3, "numbers are not reused"
 
 
+def test_books_say_when_a_worker_last_did_something(queue: Queue) -> None:
+    """By the command, not by the batch it came in."""
+    queue.submit(new_job("a"))
+    queue.claim("a")
+    queue.now += 5_000
+    queue.submit(new_job("b"))
+    state = QueueState(":memory:")
+    state.apply_batch(queue.entries)
+    assert dump(state)["workers"] == queue.rows("workers") == [("w1", 0, 0, 1, T0)]
+
+
 def test_forgotten_worker_gives_its_jobs_back_unspent(queue: Queue) -> None:
     queue.submit(new_job("a"), new_job("b"))
     queue.claim("a", worker="gone")
@@ -383,7 +398,7 @@ def test_forgotten_worker_gives_its_jobs_back_unspent(queue: Queue) -> None:
     assert [row[0] for row in queue.rows("workers")] == ["here"]
 
 
-# -- determinism -----------------------------------------------------------------------------------------------------------
+# -- determinism -----------------------------------------------------------------------------------------------------
 
 
 def a_days_work() -> list[tuple[int, int, bytes]]:
@@ -473,7 +488,12 @@ def test_sums_in_memory_survive_a_reopening(tmp_path: Path) -> None:
     queue.submit(new_job("a"), new_job("b"), new_job("c", not_before_ms=T0 + 1), new_job("d"))
     queue.claim("b")
     queue.cancel("d")
-    was = (queue.state.pending_total, queue.state.waiting_total, queue.state.unfinished_total, queue.state.ready_shapes())
+    was = (
+        queue.state.pending_total,
+        queue.state.waiting_total,
+        queue.state.unfinished_total,
+        queue.state.ready_shapes(),
+    )
     queue.state.close()
     again = QueueState(str(tmp_path / "state.db"))
     assert (again.pending_total, again.waiting_total, again.unfinished_total, again.ready_shapes()) == was
