@@ -221,6 +221,9 @@ class Dispatcher:
         try:
             commanded = tuple(c.Pick(pick.seq, json.dumps(pick.gpus) if pick.gpus else None) for pick in picks)
             claimed: list[Claimed] = await self.propose(c.Claim(self._clock.now_ms(), offer.node, commanded))
+        except Exception:
+            self.wake_parked()  # what was reserved is anybody's again
+            raise
         finally:
             self._reserved.difference_update(pick.seq for pick in picks)
         return [_for_worker(job) for job in claimed]
@@ -404,11 +407,12 @@ class Dispatcher:
             return "no worker has asked for work yet"
         never = [misfits(shape, seen.total) for seen in offers]
         if all(never):
-            n = len(offers)
-            return f"fits on none of {n} node{'s' if n > 1 else ''}, even when idle: {_tally(never)}"
+            nodes = "1 node" if len(offers) == 1 else f"{len(offers)} nodes"
+            return f"fits on none of {nodes}, even when idle: {_tally(never)}"
         now = [misfits(shape, seen.free) for seen in offers]
         if all(now):
-            return f"waits for room; all {len(offers)} nodes are busy: {_tally(now)}"
+            busy = "the only node is" if len(offers) == 1 else f"all {len(offers)} nodes are"
+            return f"waits for room; {busy} busy: {_tally(now)}"
         return "fits now; jobs of higher priority or older ones go first"
 
     def _is_there(self, worker: str) -> bool:

@@ -7,6 +7,8 @@ Times leave here as unix seconds (floats), as people and the operators' API use 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import apsw
@@ -69,6 +71,15 @@ class QueueReader:
         found = self._db.execute("SELECT key, value FROM meta WHERE key IN ('term', 'applied')").fetchall()
         meta = {str(key): int(cast(int, value)) for key, value in found}
         return meta["term"], meta["applied"]
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Within it every answer is of the same moment."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("COMMIT")
 
     # -- one job ---------------------------------------------------------------------------------------------------
 

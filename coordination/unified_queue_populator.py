@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +17,8 @@ from coordination.answers import Answer, Count
 from coordination.dispatcher import Dispatcher
 from coordination.population import KindCounts, wanted
 from coordination.queue_reads import QueueReader
+
+WAIT_SECONDS = 0.01
 
 
 class Populator:
@@ -27,13 +31,23 @@ class Populator:
         self.enabled = enabled
         self._totals = dict(totals or {})
         self._added_at: dict[str, int] = {}  # kind -> monotonic ms
+        self._filling = threading.Lock()  # not asyncio's: the operators' calls come on loops of their own
         self.last_populate_ms: int | None = None
         self.last_error: str | None = None
         self._added: list[tuple[int, int]] = []  # (unix ms, jobs), of the last hour
         self._why: dict[str, str] = {}
 
     async def populate(self, *, force: bool = False) -> int:
-        """Adds what is lacking; how many. Raises what submitting raises."""
+        """Adds what is lacking; how many. Raises what submitting raises. One at a time, whoever asks: two that count
+        before either adds would fill the queue twice."""
+        while not self._filling.acquire(blocking=False):  # noqa: ASYNC110 - the holder may be on another loop
+            await asyncio.sleep(WAIT_SECONDS)
+        try:
+            return await self._populate(force)
+        finally:
+            self._filling.release()
+
+    async def _populate(self, force: bool) -> int:
         plan = wanted(self._desk.kinds, await self._counts(), force=force, totals=self._totals)
         added = 0
         for want in plan:

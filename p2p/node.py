@@ -287,7 +287,12 @@ class Node:
 
     def _read(self, question: Callable[[QueueReader], T]) -> Future[T]:
         assert self._reading is not None
-        return self._reading.submit(lambda: question(self._reader))
+
+        def ask() -> T:
+            with self._reader.snapshot():
+                return question(self._reader)
+
+        return self._reading.submit(ask)
 
     def _stop_reading(self, reader: QueueReader) -> None:
         assert self._reading is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -30,6 +31,8 @@ async def logs(request: web.Request) -> web.StreamResponse:
     here = context(request)
     as_of = await here.read_point(request)
     job = await here.operations.job(request.match_info["id"])
+    if follow and asked is None and job["attempt"] == 0:
+        job = await _first_attempt(request, job)
     attempt = asked or job["attempt"]
     if attempt > job["attempt"]:
         raise Refused(404, f"job {job['id']} has no attempt {attempt}; its newest is {job['attempt']}", field="attempt")
@@ -57,12 +60,26 @@ async def logs(request: web.Request) -> web.StreamResponse:
     return response
 
 
+async def _first_attempt(request: web.Request, job: dict[str, Any]) -> dict[str, Any]:
+    """Waits for a job that has not started yet: whoever follows it wants its output, not an empty answer."""
+    here = context(request)
+    while job["attempt"] == 0 and job["finished_at"] is None and _listens(here, request):
+        await asyncio.sleep(FOLLOW_SECONDS)
+        job = await here.operations.job(job["id"])
+    return job
+
+
+def _listens(here: Context, request: web.Request) -> bool:
+    """Whether the asker is still there, and this node too."""
+    return not (here.stopping.is_set() or request.transport is None or request.transport.is_closing())
+
+
 async def _follow(
     here: Context, request: web.Request, response: web.StreamResponse, reader: _Reader, followed: tuple[str, int]
 ) -> None:
     """Sends what is added until the attempt is over, the asker hangs up or the node stops."""
     job, attempt = followed
-    while not (here.stopping.is_set() or request.transport is None or request.transport.is_closing()):
+    while _listens(here, request):
         held = here.dispatcher.leases.by_job.get(job)
         over = held is None or held.attempt != attempt
         async for chunk in _chunks(reader.added()):

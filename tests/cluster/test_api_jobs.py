@@ -247,7 +247,7 @@ def test_a_job_that_waits_for_room_says_so(one_slot: NodeProcess, gate: Path) ->
     one_slot.wait_for(first, "running")
     second = one_slot.submit(**sh("true"))
     wait_until(lambda: "busy" in one_slot.job(second)["why_pending"])
-    assert one_slot.job(second)["why_pending"] == ("waits for room; all 1 nodes are busy: needs 1 cores; 0 free on n1")
+    assert one_slot.job(second)["why_pending"] == ("waits for room; the only node is busy: needs 1 cores; 0 free on n1")
     gate.touch()
     assert "why_pending" not in one_slot.wait_for(second, "completed")
 

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +360,7 @@ def test_many_followers_that_hang_up_leave_no_trace(running_node: NodeProcess, g
 
 def test_a_job_that_has_not_started_has_an_empty_log(desk: NodeProcess) -> None:
     job = desk.submit(**sh("true"))
-    for query in ("", "?tail=5", "?follow=1", "?stream=stderr"):
+    for query in ("", "?tail=5", "?stream=stderr"):
         assert desk.request("GET", f"/jobs/{job}/logs{query}") == (200, "")
 
 
@@ -396,3 +397,17 @@ def test_a_head_request_is_a_get_without_its_body(running_node: NodeProcess) -> 
     for path, expected in (("/status", 200), ("/jobs", 200), ("/nowhere", 404), ("/events", 405)):
         status, _, body = running_node.exchange("HEAD", path, headers={"Content-Type": "application/json"}, raw=b"")
         assert (status, body) == (expected, ""), path
+
+
+def test_following_a_pending_job_waits_for_its_start(start_node: Callable[..., NodeProcess], tmp_path: Path) -> None:
+    resources = tmp_path / "one.yaml"
+    resources.write_text("cpus: 1\n")
+    node = start_node("--no-populate", "--resources", str(resources))
+    gate = tmp_path / "gate"
+    first = node.submit(command=["sh", "-c", f'while [ ! -e "{gate}" ]; do sleep 0.05; done'])
+    node.wait_for(first, "running")
+    second = node.submit(command=["sh", "-c", "echo here I am"])
+    with ThreadPoolExecutor(1) as pool:
+        followed = pool.submit(node.request, "GET", f"/jobs/{second}/logs?follow=1")
+        gate.touch()
+        assert followed.result(30) == (200, "here I am\n")

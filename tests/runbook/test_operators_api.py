@@ -235,10 +235,11 @@ def test_when_nothing_answers_the_error_says_what_was_tried_and_how_to_start_a_n
 
 def test_only_a_silent_job_is_stuck_however_old_the_others_are(box: NodeProcess) -> None:
     q, threshold = get_work_queue(), 2.5
-    healthy = {
+    loop = "import os, time\nfolder = os.environ['P2P_JOB_DIR']\nwhile True:\n    time.sleep(0.5)\n    "
+    healthy = {  # each shows one sign of life and, by sleeping in between, next to nothing of the others
         "computes": ["sh", "-c", "while :; do :; done"],
-        "prints": ["sh", "-c", "while :; do echo alive; sleep 0.2; done"],
-        "reports": ["sh", "-c", 'n=0; while :; do n=$((n+1)); echo $n > "$P2P_JOB_DIR/progress.json"; sleep 0.2; done'],
+        "prints": ["python", "-c", loop + "print('alive')"],
+        "reports": ["python", "-c", loop + "open(folder + '/progress.json', 'w').write(str(time.time()))"],
     }
     small = {"cpus": 0.1}
     ids = {name: q.add_job(command=command, requires=small, grace_seconds=0) for name, command in healthy.items()}
