@@ -86,7 +86,7 @@ def start_node() -> Node:
     ]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("P2P_", "RINGRIFT_"))}
     # The store is the games' own, not the node's: every job of the demo reads and adds to it.
-    env["P2P_EXAMPLES_STORE"] = str(FOLDER / "games")
+    env["SELFPLAY_STORE"] = str(FOLDER / "games")
     with (FOLDER / "p2p.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True, cwd=FOLDER

@@ -137,7 +137,7 @@ def _add_step(
         "--store",
         type=Path,
         metavar="DIR",
-        help="where steps share games ($P2P_EXAMPLES_STORE, else in the user's data folder)",
+        help="where steps share games ($SELFPLAY_STORE, else in the user's data folder)",
     )
     return step
 

@@ -4,7 +4,7 @@ One folder a game, one file a finished `play`. A file is named after everything 
 retried job replaces its own file instead of counting its games twice. It appears whole (write aside, rename), so
 readers and writers need no lock; the oldest files go when there are more than `MAX_FILES`.
 
-Jobs have only their own folders, so the store is a folder of the machine: `--store`, else `$P2P_EXAMPLES_STORE`, else
+Jobs have only their own folders, so the store is a folder of the machine: `--store`, else `$SELFPLAY_STORE`, else
 `p2p-orchestrator/selfplay` in the user's data folder. Put it on a shared disk and a whole cluster has one.
 """
 
@@ -28,8 +28,8 @@ STALE_SECONDS = 3600
 
 
 def default_store() -> Path:
-    """`$P2P_EXAMPLES_STORE`, else a folder in the user's data folder (`$XDG_DATA_HOME`). Raises `ExampleError`."""
-    if given := os.environ.get("P2P_EXAMPLES_STORE"):
+    """`$SELFPLAY_STORE`, else a folder in the user's data folder (`$XDG_DATA_HOME`). Raises `ExampleError`."""
+    if given := os.environ.get("SELFPLAY_STORE"):
         return Path(given)
     if data := os.environ.get("XDG_DATA_HOME"):
         return Path(data) / "p2p-orchestrator" / "selfplay"

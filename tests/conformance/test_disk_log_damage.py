@@ -166,6 +166,24 @@ def test_a_flipped_bit_in_the_main_file_is_harmless_or_refused(tmp_path: Path) -
     assert whole and refused
 
 
+def test_a_page_that_forgot_its_last_row_is_refused(tmp_path: Path) -> None:
+    """The rows that are left would all be sound, and the newest entries of all are above the floor."""
+    log, acked = acked_log(tmp_path / "data")
+    log.close()
+    body = (tmp_path / "data/raft.db").read_bytes()
+    refused = 0
+    for at in range(4096, len(body), 4096):
+        if body[at] not in (0x02, 0x05, 0x0A, 0x0D) or (rows := int.from_bytes(body[at + 3 : at + 5], "big")) == 0:
+            continue
+        folder = copy(tmp_path / "data", tmp_path / "flip")
+        (folder / "raft.db").write_bytes(body[: at + 3] + (rows - 1).to_bytes(2, "big") + body[at + 5 :])
+        try:
+            assert opened(folder)[1] == acked, f"the page at {at}"
+        except CorruptLog:
+            refused += 1
+    assert refused
+
+
 def test_a_write_ahead_log_damaged_before_its_last_transaction_is_refused(tmp_path: Path) -> None:
     """SQLite alone would drop the synced transactions behind the damage without a word."""
     _, acked = acked_log(tmp_path / "data")

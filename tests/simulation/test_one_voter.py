@@ -44,7 +44,7 @@ class Node:
     """Carries out the replica's effects as `p2p.driver` does, one step at a time, with a place to crash between any
     two of them. What it remembers beside its disks is lost with it."""
 
-    def __init__(self, log: MemoryLog, path: Path) -> None:
+    def __init__(self, log: MemoryLog, path: Path, again: int) -> None:
         self.log = log.reopened(NODE)
         self.state = QueueState(str(path))
         self.state._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)  # a crash writes nothing
@@ -53,7 +53,8 @@ class Node:
         self.replica = Replica(
             NODE, self.loaded.hard_state, last=self.loaded.last, applied=Index(self.state.applied_index)
         )
-        self.handed = self.state.applied_index
+        # An applied entry may be handed over again; the queue must know that it has it.
+        self.handed = max(self.state.applied_index - again, self.loaded.first - 1, 0)
 
     def step(self, event: Any, crash: str | None, rng: random.Random) -> dict[int, Any]:
         """Answers by index: what the client was told. Raises Crash or PowerCut."""
@@ -122,7 +123,7 @@ class Schedule:
 
     def _start(self, crash: str | None) -> None:
         self.restarts += 1
-        self.node = Node(self.log, self.path)
+        self.node = Node(self.log, self.path, self.rng.randint(0, 5))
         assert self.node.replica.term >= self.term, "the term went back"
         assert self.node.loaded.last >= max(self.acked, default=0), "an acknowledged entry is gone"
         self.node.step(Campaign(), crash, self.rng)

@@ -19,7 +19,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("P2P_JOB_ID", "job-1")
     monkeypatch.setenv("P2P_ATTEMPT", "1")
     monkeypatch.setenv("P2P_JOB_DIR", str(folder))
-    monkeypatch.setenv("P2P_EXAMPLES_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("SELFPLAY_STORE", str(tmp_path / "store"))
     return folder
 
 

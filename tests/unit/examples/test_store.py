@@ -118,6 +118,6 @@ def test_records_survive_a_round_trip(tmp_path: Path) -> None:
 
 def test_the_store_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_store() == tmp_path / "store"
-    monkeypatch.delenv("P2P_EXAMPLES_STORE")
+    monkeypatch.delenv("SELFPLAY_STORE")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_store() == tmp_path / "p2p-orchestrator" / "selfplay"
