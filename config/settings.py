@@ -37,6 +37,24 @@ class QueueSettings(Section):
 
     lease_seconds: float = Field(30, gt=1, description="how long a silent worker keeps its jobs")
     heartbeat_seconds: float = Field(5, gt=0.05, description="how often a worker renews its leases")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _heartbeat_follows_lease(cls, values: Any) -> Any:
+        """A shorter lease alone means more frequent heartbeats too."""
+        if isinstance(values, dict) and isinstance(values.get("lease_seconds"), int | float):
+            return {"heartbeat_seconds": min(5.0, values["lease_seconds"] / 6), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _leases_outlive_heartbeats(self) -> QueueSettings:
+        if self.heartbeat_seconds * 2 > self.lease_seconds:
+            raise ValueError(
+                f"heartbeat_seconds ({self.heartbeat_seconds:g}) must be at most half of lease_seconds "
+                f"({self.lease_seconds:g}), or every job is given up between two heartbeats"
+            )
+        return self
+
     max_unfinished: int = Field(2_000_000, ge=1, description="submits beyond this many unfinished jobs get 429")
     keep_finished: int = Field(200_000, ge=0, description="finished jobs remembered; the oldest go first")
     keep_finished_hours: float = Field(24 * 14, gt=0, description="finished jobs older than this are forgotten")

@@ -95,11 +95,13 @@ class Dispatcher:
         self._parked: dict[asyncio.Future[None], str] = {}  # -> the worker whose claim it is
         self._wakes = 0  # how often all were woken: a claim that was looking meanwhile looks again before it parks
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._steady_offset = clock.now_ms() - clock.mono_ms()
         self._began_at = clock.mono_ms()
 
     async def begin_term(self) -> None:
         """Takes up the attempts in progress, each with a full lease from now, then listens to the queue."""
         self._loop = asyncio.get_running_loop()
+        self._steady_offset = self._clock.now_ms() - self._clock.mono_ms()
         self._bus.subscribe(self.on_events)
         rows = await self.ask(lambda reader: reader.held())
         now = self._began_at = self._clock.mono_ms()
@@ -117,6 +119,7 @@ class Dispatcher:
                 started_ms=row.started_ms,
                 renewed_at=now,
                 alive_at=now,
+                grace_ms=_grace_ms(row.spec),
                 grace_until_ms=grace_until_ms,
             )
             self.leases.grant(held)
@@ -147,6 +150,12 @@ class Dispatcher:
 
     def mono_ms(self) -> int:
         return self._clock.mono_ms()
+
+    def steady_ms(self) -> int:
+        """Unix milliseconds as they were when the term began, carried on by the monotonic clock. How long an attempt
+        has run is told by this: a machine that boots three hours slow and is then corrected must not end every job
+        that has a timeout."""
+        return self._clock.mono_ms() + self._steady_offset
 
     # -- submissions -------------------------------------------------------------------------------------------
 
@@ -226,6 +235,10 @@ class Dispatcher:
             raise
         finally:
             self._reserved.difference_update(pick.seq for pick in picks)
+        for job in claimed:
+            held = self.leases.by_job.get(job.id)
+            if held is not None and held.attempt == job.attempt:
+                held.grace_ms = _grace_ms(job.spec)
         return [_for_worker(job) for job in claimed]
 
     def _choose(self, offer: Offer, max_jobs: int, reserved: frozenset[int]) -> list[Placed]:
@@ -316,8 +329,6 @@ class Dispatcher:
 
     async def finish(self, items: tuple[c.AttemptDone, ...]) -> list[Refused | None]:
         """Records the ends of attempts; for each, None or why it was refused (a stale attempt: 409)."""
-        for worker in {item.worker for item in items}:
-            self._heard(worker)
         answers: list[Refused | None] = await self.propose(c.Finish(self._clock.now_ms(), items))
         return answers
 
@@ -395,7 +406,7 @@ class Dispatcher:
 
     def stuck(self, threshold_ms: int) -> list[Verdict]:
         """See `LeaseTable.stuck`."""
-        return self.leases.stuck(self._clock.mono_ms(), self._clock.now_ms(), threshold_ms)
+        return self.leases.stuck(self._clock.mono_ms(), self.steady_ms(), threshold_ms)
 
     def why_pending(self, requires: str) -> str:
         """In words, why a pending job of these requirements has not been placed."""
@@ -436,7 +447,7 @@ class Dispatcher:
                 case E.WORK_CLAIMED:
                     self._grant(event)
                 case E.WORK_STARTED:
-                    self.leases.started(fields["job"], fields["attempt"], fields["started_ms"], self._clock.mono_ms())
+                    self.leases.started(fields["job"], fields["attempt"], self.steady_ms(), self._clock.mono_ms())
                 case E.WORK_COMPLETED:
                     self.leases.drop(fields["job"])
                 case E.WORK_FAILED | E.WORK_RETRIED:
@@ -460,12 +471,17 @@ class Dispatcher:
                 worker=fields["worker"],
                 kind=fields["kind"],
                 timeout_ms=fields["timeout_ms"],
-                claimed_ms=event.at_ms,
+                claimed_ms=self.steady_ms(),
                 started_ms=None,
                 renewed_at=now,
                 alive_at=now,
             )
         )
+
+
+def _grace_ms(spec: bytes) -> int:
+    """How long a job may take to end once it is asked to."""
+    return round(float(json.loads(spec).get("grace_seconds", 30.0)) * 1000)
 
 
 _TOLD = (

@@ -134,6 +134,9 @@ class EventBus:
         return unsubscribe
 
     def tail(self, after: int = 0) -> list[tuple[int, Event]]:
-        """The remembered events numbered above `after`, oldest first."""
+        """The remembered events numbered above `after`, oldest first. A number that is yet to come is of an earlier run
+        of this node: everything remembered is news to whoever gives it."""
         with self._lock:
+            if after >= self._next:
+                after = 0
             return [item for item in self._tail if item[0] > after]

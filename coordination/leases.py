@@ -21,7 +21,8 @@ class Claimant(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Held:
-    """An attempt in progress, as the leader knows it. Times are milliseconds; `*_at` monotonic, `*_ms` unix."""
+    """An attempt in progress, as the leader knows it. Times are milliseconds; `*_at` monotonic, `*_ms` unix
+    but steady: they do not follow steps of the clock, of which a job is not to die (see Dispatcher.steady_ms)."""
 
     job: str
     attempt: int
@@ -32,6 +33,7 @@ class Held:
     started_ms: int | None
     renewed_at: int
     alive_at: int  # last sign of life: output, progress, CPU or GPU use
+    grace_ms: int = 0  # between SIGTERM and SIGKILL: part of the time an attempt may take to end
     grace_until_ms: int = 0  # a new leader gives up nothing that it has known for less than a lease
     cpu_seconds: float = -1.0
     output_bytes: int = -1
@@ -147,6 +149,12 @@ class LeaseTable:
         for as long as the worker lists them."""
         return sorted(self.notices.pop(worker, set()))
 
+    def was_deaf(self, now: int) -> None:
+        """The leader itself did not listen for a while (a frozen process, a suspended machine): whoever was silent
+        meanwhile may have spoken, so every attempt gets a full lease and a fresh sign of life."""
+        for held in self._all():
+            held.renewed_at = held.alive_at = now
+
     # -- verdicts ---------------------------------------------------------------------------------------------------
 
     def _all(self) -> list[Held]:
@@ -171,10 +179,11 @@ class LeaseTable:
     def _overdue(held: Held, now_ms: int, slack_ms: int) -> Verdict | None:
         if not held.timeout_ms or held.started_ms is None or now_ms < held.grace_until_ms:
             return None
-        over = now_ms - held.started_ms - held.timeout_ms - slack_ms
+        over = now_ms - held.started_ms - held.timeout_ms - held.grace_ms - slack_ms
         if over < 0:
             return None
-        return Verdict(held, "timeout", f"timeout of {held.timeout_ms / 1000:.0f} s passed {over / 1000:.0f} s ago")
+        late = now_ms - held.started_ms - held.timeout_ms
+        return Verdict(held, "timeout", f"timeout of {held.timeout_ms / 1000:.0f} s passed {late / 1000:.0f} s ago")
 
     def never_started(self, now_ms: int, threshold_ms: int) -> list[Verdict]:
         """Attempts claimed at least `threshold_ms` ago whose process has not started."""

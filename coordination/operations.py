@@ -178,7 +178,7 @@ class Operations:
     async def stuck(self, threshold_seconds: Any = DEFAULT_STUCK_SECONDS) -> dict[str, Any]:
         """``{"jobs": […]}``: in progress for at least the threshold and with a reason."""
         threshold = check_number("threshold_seconds", threshold_seconds)
-        now_ms = self._desk.now_ms()
+        now_ms = self._desk.steady_ms()
         return {"jobs": [_stuck_row(verdict, now_ms) for verdict in self._desk.stuck(int(threshold * 1000))]}
 
     async def failures(self, limit: Any = 20) -> dict[str, Any]:

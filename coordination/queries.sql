@@ -57,6 +57,9 @@ RETURNING id, kind, grp, shape, attempt, moves
 -- name: set_blockers | a dependency is done
 UPDATE jobs SET blockers = ? WHERE seq = ?
 
+-- name: shorten_backoffs | after a clock was put right: no backoff ends later than the longest there is
+UPDATE jobs SET ready_ms = ? WHERE state = 'waiting' AND blockers = 0 AND reason LIKE 'retry:%' AND ready_ms > ?
+
 -- name: dependents | who waits for this job
 SELECT seq FROM deps WHERE dep = ? ORDER BY seq
 
@@ -84,9 +87,9 @@ INSERT INTO counts VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE SET n = n + ?4 
 INSERT INTO shape_counts VALUES (?1, ?2) ON CONFLICT DO UPDATE SET n = n + ?2 RETURNING n
 
 -- name: all_held | every attempt in progress, for a leader that begins its term
-SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms FROM jobs
+SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms, spec FROM jobs
 WHERE state = 'claimed' UNION ALL
-SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms FROM jobs WHERE state = 'running'
+SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms, spec FROM jobs WHERE state = 'running'
 
 -- name: job_record | everything about one job
 SELECT seq, id, kind, grp, state, priority, (SELECT requires FROM shapes s WHERE s.shape = j.shape), attempt, failures,

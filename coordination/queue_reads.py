@@ -16,6 +16,7 @@ import apsw
 from coordination.sql import statements
 
 MAX_PAGE = 1_000
+PAGE_BYTES = 2 << 20  # of what the jobs of one page carry: turning a page into text holds up every other answer
 SCAN_LIMIT = 20_000  # rows one page of a filtered listing may look at
 
 
@@ -30,6 +31,7 @@ class HeldRow(NamedTuple):
     claimed_ms: int
     started_ms: int | None
     timeout_ms: int
+    spec: bytes
 
 
 class WorkerBook(NamedTuple):
@@ -101,8 +103,8 @@ class QueueReader:
     ) -> tuple[list[dict[str, Any]], int | None]:
         """A page of jobs, newest first, and the cursor of the next page (None at the end).
 
-        `filters` maps state, kind, grp or worker to the wanted value. A page looks at no more than SCAN_LIMIT rows, so
-        a rare match may give a short page with a cursor: more may follow.
+        `filters` maps state, kind, grp or worker to the wanted value. A page looks at no more than SCAN_LIMIT rows, and
+        no more than PAGE_BYTES of them, so a page may be short, or empty, and have a cursor: more may follow.
         """
         columns = ("state", "kind", "grp", "worker")
         assert all(name in columns for name in filters)
@@ -110,20 +112,22 @@ class QueueReader:
         rest = " AND ".join(f"{name} = :{name}" for name in filters if name != "state") or "1"
         # The column names come from the tuple above, never from the caller.
         scan = (
-            f"SELECT seq, id, ({rest}) AS hit FROM jobs WHERE {indexed} seq < :before "  # noqa: S608
+            f"SELECT seq, id, ({rest}) AS hit, length(spec) + coalesce(length(result), 0) FROM jobs "  # noqa: S608
+            f"WHERE {indexed} seq < :before "
             f"ORDER BY seq DESC LIMIT {SCAN_LIMIT}"
         )
         values = {**filters, "before": before if before is not None else 1 << 62}
         found: list[dict[str, Any]] = []
-        seen, last = 0, None
+        seen, size, last = 0, 0, None
         with self._db:
-            for seq, job_id, hit in self._db.execute(scan, values):
+            for seq, job_id, hit, weight in self._db.execute(scan, values):
                 seen, last = seen + 1, cast(int, seq)
                 if hit:
                     record = self.job(cast(str, job_id), history=False)
                     assert record is not None
                     found.append(record)
-                    if len(found) == limit:
+                    size += cast(int, weight)
+                    if len(found) == limit or size >= PAGE_BYTES:
                         return found, last
         return found, last if seen == SCAN_LIMIT else None
 

@@ -21,13 +21,14 @@ from coordination.errors import Refused
 from coordination.events import Event
 from coordination.events import EventType as E
 from coordination.job import FINISHED, IN_PROGRESS, NOT_STARTED, JobState
-from coordination.retry import backoff_ms
+from coordination.retry import MAX_BACKOFF_MS, backoff_ms
 from coordination.sql import schema, statements
 
 S = JobState
 SCHEMA_VERSION = 1
 MAX_HISTORY = 100  # transitions kept of one job; its first ten stay for ever
 MAX_ERROR_CHARS = 8_000
+CLOCK_STEP_MS = 60_000  # nodes whose clocks differ by 30 s are refused (DESIGN §3), so this is no disagreement
 MAX_KEYS = 500_000
 KEY_AGE_MS = 86_400_000
 
@@ -201,10 +202,20 @@ class QueueState:
         result: Any = None
         if body:
             command = c.decode(body)
-            self.now_ms = max(self.now_ms, command.at_ms)
+            self._keep_time(command.at_ms)
             result = self._handlers[type(command)](index, command)
         self.applied_index, self.applied_term = index, term
         return result, self._events
+
+    def _keep_time(self, at_ms: int) -> None:
+        """State time does not go back by the little that clocks of two leaders differ (PROTOCOL §2.23). A large step
+        back is a clock that was wrong and has been put right: keeping the wrong time would stop every backoff, every
+        clean-up and every sum of the last hour until it came true."""
+        if at_ms >= self.now_ms - CLOCK_STEP_MS:
+            self.now_ms = max(self.now_ms, at_ms)
+            return
+        self.now_ms = at_ms
+        self._run(self._q["shorten_backoffs"], (at_ms + MAX_BACKOFF_MS, at_ms + MAX_BACKOFF_MS))
 
     def _flush(self) -> None:
         """Writes the sums gathered since the last time: at the end of a batch, and before a command that reads them.
@@ -526,7 +537,15 @@ class QueueState:
         if item.ok:
             if row.state == S.CLAIMED:
                 row = self._begin(row, self.now_ms)
-            self._end(row, S.COMPLETED, result=item.result, exit_code=item.exit_code, failures=row.failures)
+            # A completed job may carry a word of warning: its result could not be read.
+            self._end(
+                row,
+                S.COMPLETED,
+                result=item.result,
+                error=item.error,
+                exit_code=item.exit_code,
+                failures=row.failures,
+            )
             self._tell(E.WORK_COMPLETED, row.id, row.kind, attempt=row.attempt, worker=row.worker)
         else:
             self._attempt_failed(row, item.error or "failed", item.exit_code, item.retryable, item.cause, item.result)
@@ -656,10 +675,14 @@ class QueueState:
         n = 0
         for item in command.items:
             row = self._row(item.id)
-            if row is not None and row.attempt == item.attempt and row.state in IN_PROGRESS:
+            if row is None or row.attempt != item.attempt or row.state not in IN_PROGRESS:
+                continue
+            n += 1
+            if row.state == S.CLAIMED:
+                self._release(row, _verdict(item.cause, row))  # it never ran, so there is nothing to hold against it
+            else:
                 self._book(row.worker or "", 1)
                 self._attempt_failed(row, _verdict(item.cause, row), None, True, item.cause, None)
-                n += 1
         return n
 
     def _on_release(self, index: int, command: c.Release) -> Any:

@@ -78,3 +78,23 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
     container = _container(_walk(model, location)[1])
     known = isinstance(container, type) and issubclass(container, BaseModel)
     return list(container.model_fields) if known else []
+
+
+MAX_DEPTH = 64
+
+
+def nested_deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value is nested more than so many levels. Nothing of ours needs depth, and what recurses over
+    such a value elsewhere would break on it."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True

@@ -71,8 +71,17 @@ def free_port(preferred: int = 8770) -> int:
     raise DemoError("no free port on 127.0.0.1")
 
 
-def start_node() -> Node:
-    """Starts the node and waits until it is ready."""
+def end_leftover() -> None:
+    """A demo that was killed leaves its node: that one is asked to stop, and the new one waits for its data."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((FOLDER / "node" / "node.lock").read_text(encoding="ascii"))
+        if str(FOLDER) in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8"):
+            os.kill(pid, signal.SIGTERM)
+
+
+def launch_node() -> Node:
+    """Starts the node's process."""
+    end_leftover()
     FOLDER.mkdir(parents=True, exist_ok=True)
     settings = {"populator": {"totals": TARGETS, "interval_seconds": 1}}
     (FOLDER / "cluster.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -91,16 +100,19 @@ def start_node() -> Node:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True, cwd=FOLDER
         )
-    node = Node(process, f"http://127.0.0.1:{port}")
+    return Node(process, f"http://127.0.0.1:{port}")
+
+
+def wait_ready(node: Node) -> None:
+    """Returns once the node takes work. Raises DemoError."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise DemoError(f"the node ended with {process.returncode}; see {FOLDER / 'p2p.log'}")
+        if node.process.poll() is not None:
+            raise DemoError(f"the node ended with {node.process.returncode}; see {FOLDER / 'p2p.log'}")
         with contextlib.suppress(OSError):
             node.get("/ready")
-            return node
+            return
         time.sleep(0.1)
-    process.kill()
     raise DemoError(f"the node was not ready within {START_SECONDS:g} s; see {FOLDER / 'p2p.log'}")
 
 
@@ -206,8 +218,7 @@ def stop_node(node: Node) -> None:
     try:
         node.process.wait(20)
     except subprocess.TimeoutExpired:
-        node.process.kill()
-        raise DemoError("the node did not stop in time and was killed; its next start recovers") from None
+        node.process.kill()  # its next start recovers
 
 
 def completed(node: Node, kind: str) -> Iterator[Json]:
@@ -216,7 +227,8 @@ def completed(node: Node, kind: str) -> Iterator[Json]:
     while True:
         page = node.get(f"/jobs?state=completed&kind={kind}&limit=500{cursor}")
         for job in page["jobs"]:
-            yield job["result"]
+            if job["result"] is not None:
+                yield job["result"]
         if page["cursor"] is None:
             return
         cursor = f"&cursor={page['cursor']}"
@@ -275,35 +287,62 @@ def elo_tables(node: Node) -> Iterator[Table]:
         yield table
 
 
+def minutes_allowed() -> float:
+    """``P2P_DEMO_MINUTES``, or ten. Raises DemoError."""
+    text = os.environ.get("P2P_DEMO_MINUTES") or "10"
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise DemoError(f"P2P_DEMO_MINUTES must be a positive number of minutes, not {text!r}")
+    return minutes
+
+
+def show(node: Node, console: Console) -> None:
+    """The tables, read back from the job results."""
+    for table in (games_table(node), gauntlet_table(node), *elo_tables(node)):
+        console.print(table)
+
+
+def play(node: Node, console: Console, minutes: float) -> None:
+    """Watches until the targets are met, the time is up or a person stops it; then shows what came of it."""
+    try:
+        met = watch(node, console, time.monotonic() + minutes * 60)
+        console.print("the targets are met" if met else "the time is up", highlight=False)
+    except KeyboardInterrupt:
+        console.print("stopping; a second start goes on from here", highlight=False)
+    try:
+        drain(node, console)
+    except KeyboardInterrupt:
+        console.print("left the running jobs to the runner; the next start takes them up", highlight=False)
+    show(node, console)
+
+
 def main() -> int:
     """Exit code 0 when the targets were met, the time was up or a person stopped it; 1 if something went wrong."""
     # A log or a pipe has no width of its own; a table squeezed into 80 columns is hard to read.
     console = Console(width=None if sys.stdout.isatty() else 120)
-    minutes = float(os.environ.get("P2P_DEMO_MINUTES") or 10)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        node = start_node()
-    except DemoError as error:
-        console.print(f"demo: {error}", highlight=False)
-        return 1
-    console.print(f"a node runs at {node.url}; its files are under {FOLDER}", highlight=False)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    node: Node | None = None
     code = 0
     try:
-        try:
-            met = watch(node, console, time.monotonic() + minutes * 60)
-            console.print("the targets are met" if met else "the time is up", highlight=False)
-        except KeyboardInterrupt:
-            console.print("stopping; a second start goes on from here", highlight=False)
-        drain(node, console)
-        for table in (games_table(node), gauntlet_table(node), *elo_tables(node)):
-            console.print(table)
+        minutes = minutes_allowed()
+        node = launch_node()
+        wait_ready(node)
+        console.print(f"a node runs at {node.url}; its files are under {FOLDER}", highlight=False)
+        play(node, console, minutes)
     except KeyboardInterrupt:
-        console.print("left running jobs to the runner; the next start takes them up", highlight=False)
+        console.print("stopped", highlight=False)
+    except DemoError as error:
+        console.print(f"demo: {error}", highlight=False)
+        code = 1
     except (OSError, KeyError) as error:
         console.print(f"demo: the node could not be asked: {error}; see {FOLDER / 'p2p.log'}", highlight=False)
         code = 1
     finally:
-        with contextlib.suppress(KeyboardInterrupt):
+        if node is not None:
             stop_node(node)
     return code
 

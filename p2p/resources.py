@@ -177,7 +177,9 @@ def _ask_nvml() -> tuple[tuple[GpuOffer, ...], str | None]:
                     uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
                     model=_text(pynvml.nvmlDeviceGetName(handle)),
                     memory_mb=memory.total // MIB,
-                    memory_free_mb=memory.free // MIB,
+                    # All of it: what runs here is subtracted by what it asked for, also after a restart beside
+                    # a running job. What strangers hold is not seen yet.
+                    memory_free_mb=memory.total // MIB,
                     compute_capability=f"{major}.{minor}",
                 )
             )

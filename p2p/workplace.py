@@ -10,14 +10,16 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coordination.placement import Offer, take
+from coordination.validation import MAX_DEPTH, nested_deeper
 from p2p.runner.client import StartSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,7 @@ _HIDDEN = re.compile(r"^(RINGRIFT_CLUSTER_AUTH_TOKEN|P2P_)")
 _SHAPE = {"cpus": 1.0, "memory_mb": 0, "disk_mb": 0, "gpus": 0, "gpu_memory_mb": 0, "gpu_share": 1.0}
 MAX_RESULT_BYTES = 1 << 20
 MAX_PROGRESS_BYTES = 64 << 10
+YOUNGEST_SECONDS = 60.0  # a younger folder may be of a job that is just being started
 Key = tuple[str, int]
 
 
@@ -57,6 +60,7 @@ class Workplace:
     def __init__(self, node: str, total: Offer, folder: Path, url: str, max_jobs: int) -> None:
         self.node, self.total, self.folder, self.url, self.max_jobs = node, total, folder, url, max_jobs
         self.jobs: dict[Key, LocalJob] = {}
+        self.disk_free_mb = total.disk_mb  # as last measured; jobs write
         self._environment = _job_environment(os.environ)
 
     def free(self) -> Offer:
@@ -65,7 +69,12 @@ class Workplace:
         for job in self.jobs.values():
             if not job.ended:
                 left = take(left, job.shape, job.description.get("gpus", ()))
-        return left
+        return replace(left, disk_mb=min(left.disk_mb, self.disk_free_mb))
+
+    def measure_disk(self) -> int:
+        """MiB free under the job folders now. Blocks."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.folder).free >> 20
 
     def places(self) -> int:
         """How many more jobs may run, whatever they ask for."""
@@ -118,8 +127,12 @@ class Workplace:
         busy = {job.folder.name for job in list(self.jobs.values())}
         found = []
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in busy:
-                found.append((path.stat().st_mtime, path))
+            try:
+                at = path.stat().st_mtime
+            except FileNotFoundError:
+                continue  # somebody else tidies too
+            if path.name not in busy and at < time.time() - YOUNGEST_SECONDS:
+                found.append((at, path))
         found.sort(reverse=True)
         cutoff = time.time() - hours * 3600
         doomed = [path for n, (at, path) in enumerate(found) if n >= keep or at < cutoff]
@@ -148,15 +161,27 @@ def read_json(path: Path, limit: int) -> bytes | None:
     """The file's content as compact JSON, None if there is none. Raises ValueError with a sentence if it is not JSON
     or too large."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
+        # Never waits and never follows: a job may leave a pipe or a link of that name.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError(f"{path.name} is not a file")
+        raw = b""
+        while len(raw) <= limit and (chunk := os.read(handle, limit + 1 - len(raw))):
+            raw += chunk
+    finally:
+        os.close(handle)
     if len(raw) > limit:
         raise ValueError(f"{path.name} is larger than {limit} bytes")
     try:
-        return json.dumps(json.loads(raw), separators=(",", ":"), allow_nan=False).encode()
+        # Python's own json writes NaN and Infinity, which JSON has not; null says the same.
+        value = json.loads(raw, parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from None
+    if nested_deeper(value, MAX_DEPTH):
+        raise ValueError(f"{path.name} is nested more than {MAX_DEPTH} levels deep")
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

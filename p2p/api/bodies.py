@@ -18,12 +18,11 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from coordination.errors import InvalidInput
-from coordination.validation import first_problem
+from coordination.validation import MAX_DEPTH, first_problem, nested_deeper
 from p2p.api.errors import Problem
 
 MAX_REQUEST_BYTES = 16 << 20
 SMALL_BYTES = 64 << 10
-MAX_DEPTH = 64
 SLICE = 50
 JSON_TYPE = "application/json"
 MSGPACK_TYPES = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
@@ -88,19 +87,9 @@ def decode(raw: bytes, *, packed: bool) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Refuses what is nested beyond MAX_DEPTH; nothing of ours needs it, and recursion elsewhere would break on it."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return
-    raise Problem(400, f"is nested more than {MAX_DEPTH} levels deep", field="(body)")
+    """Raises Problem (400) for what is nested beyond MAX_DEPTH."""
+    if nested_deeper(value, MAX_DEPTH):
+        raise Problem(400, f"is nested more than {MAX_DEPTH} levels deep", field="(body)")
 
 
 async def read_raw(request: web.Request) -> bytes:

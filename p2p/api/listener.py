@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -40,6 +41,21 @@ async def listen(app: web.Application, listener: socket.socket) -> Callable[[], 
     return stop
 
 
+REFUSALS_TOLD_SECONDS = 10.0
+_refusals = {"told_at": float("-inf"), "untold": 0.0}
+
+
+def _tell_refusal(what: str) -> None:
+    """One line in ten seconds: whoever can connect must not be able to fill a log that nobody rotates."""
+    now = time.monotonic()
+    if now - _refusals["told_at"] < REFUSALS_TOLD_SECONDS:
+        _refusals["untold"] += 1
+        return
+    more = f" (and {_refusals['untold']:.0f} more before it)" if _refusals["untold"] else ""
+    _refusals.update(told_at=now, untold=0.0)
+    log.info("%s%s", what, more)
+
+
 class _Connection(web.RequestHandler):
     """One connection."""
 
@@ -60,7 +76,7 @@ class _Connection(web.RequestHandler):
             raise ConnectionError("the connection is gone, or its answer has begun")
         if 400 <= status < 500:
             said = " ".join((message or "this is not HTTP").split())[:MAX_SAID]
-            log.info("refused a request from %s: %s", request.remote, ascii(said))
+            _tell_refusal(f"refused a request from {request.remote}: {said!a}")
             problem = Problem(status, said, field="(request)")
         else:
             log.error("unexpected error while answering a request", exc_info=exc)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
 from config.settings import WorkerSettings
 from coordination.commands import AttemptDone
 from coordination.dispatcher import Beat, Dispatcher, Room
@@ -19,13 +21,18 @@ from coordination.leases import Claimant, Signs, Verdict
 from p2p.driver import Overloaded
 from p2p.loops.base import Loop
 from p2p.runner.client import ActivitySample, AttemptReport, RunnerBusy, RunnerClient, RunnerUnavailable
+from p2p.runner.protocol import VERSION as RUNNER_VERSION
+from p2p.runner.protocol import RunnerError
 from p2p.workplace import MAX_PROGRESS_BYTES, MAX_RESULT_BYTES, Key, LocalJob, Workplace, read_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-OVERDUE_SLACK_MS = 90_000  # beyond its timeout and grace an attempt is its worker's to end; then the leader gives it up
+OVERDUE_SLACK_MS = 60_000  # beyond its timeout and grace an attempt is its worker's to end; then the leader gives it up
 REPORT_BATCH = 500
+REPORT_BYTES = 4 << 20  # of results in one report
+SAMPLE_SECONDS = 2.0
+LONGEST_RETRY_SECONDS = 5.0
 CLAIM_BATCH = 128
 BEAT_GAP_SECONDS = 0.05  # starts are told at once, but not one by one
 RETRY_SECONDS = 0.5
@@ -54,9 +61,20 @@ class JobReaperLoop(Loop):
         self.config = config or JobReaperConfig()
         super().__init__(self.config.interval_seconds)
         self._desk = dispatcher
+        self._listened_at: int | None = None  # monotonic ms of the newest turn
+        self._deaf_ms = int(self.config.interval_seconds * 1000) + dispatcher.leases.lease_ms // 3
         self.stats.update(jobs_reaped=0)
 
+    async def run(self) -> None:
+        """See `Loop.run`. A reaper that was stopped by hand has not been deaf: the leader listened all the while."""
+        self._listened_at = None
+        await super().run()
+
     async def turn(self) -> None:
+        listened = self._desk.mono_ms()
+        if self._listened_at is not None and listened - self._listened_at >= self._deaf_ms:
+            self._desk.leases.was_deaf(listened)
+        self._listened_at = listened
         verdicts = self.verdicts()
         now = verdicts[: self.config.max_jobs_to_reap_per_cycle]
         reaped = await self._desk.expire(now)
@@ -69,7 +87,7 @@ class JobReaperLoop(Loop):
     def verdicts(self) -> list[Verdict]:
         """The attempts to give up now, each once, longest in progress first."""
         desk, config = self._desk, self.config
-        now, now_ms = desk.mono_ms(), desk.now_ms()
+        now, now_ms = desk.mono_ms(), desk.steady_ms()
         found: dict[str, Verdict] = {}
         for verdict in (
             *desk.leases.lapsed(now),
@@ -115,6 +133,7 @@ class WorkerPullLoop(Loop):
         self._ends: dict[Key, AttemptReport] = {}
         self._end_ready, self._beat_soon, self._lost = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._stopping: set[Key] = set()
+        self._early: dict[Key, AttemptReport] | None = None  # reports that came while attempts were being taken up
         self._renewed_at = 0
         self.accepting = True
         self.stats.update(jobs_pulled=0, pull_failures=0, jobs_reported=0, reports_refused=0)
@@ -132,7 +151,8 @@ class WorkerPullLoop(Loop):
         """One life of a connection to the runner: take up what it has, then pull until it is lost."""
         self._lost.clear()
         try:
-            known = await self.runner.connect()
+            self._early = {}
+            known = await self._connect()
             await self._take_up(known)
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -147,10 +167,23 @@ class WorkerPullLoop(Loop):
                 await self._lost.wait()
                 for task in tasks:
                     task.cancel()
-        except* RunnerUnavailable as group:
+        except* RunnerError as group:
             self._failed(RunnerUnavailable("; ".join(str(error) for error in group.exceptions)))
         finally:
             await self._leave_runner()
+        this = asyncio.current_task()
+        if this is not None and this.cancelling():
+            # In Python 3.11 a group whose task failed in the very turn of its cancellation forgets the latter.
+            raise asyncio.CancelledError
+
+    async def _connect(self) -> list[AttemptReport]:
+        """A runner of this version: an idle one of another is replaced, one with jobs is used until it is idle."""
+        known = await self.runner.connect()
+        if self.runner.runner_version != RUNNER_VERSION and not known:
+            log.info("replacing the idle runner of version %s", self.runner.runner_version)
+            await self.runner.shutdown()
+            known = await self.runner.connect()
+        return known
 
     async def _leave_runner(self) -> None:
         """An idle runner ends with its node; one with jobs or undelivered ends stays for the next start."""
@@ -174,7 +207,10 @@ class WorkerPullLoop(Loop):
         for report in known:
             job = self.workplace.adopt(report.job, report.attempt, described.get(report.key))
             job.told_start = False
+        # An attempt may end while it is being taken up, and that is told once: such reports have waited for this.
+        early, self._early = self._early or {}, None
         self._on_report(known)
+        self._on_report(list(early.values()))
         missing = [job for key, job in self.workplace.jobs.items() if key not in listed and not job.ended]
         await self._begin(missing)
         await self._until_answered(lambda: self._send_beats(list(self.workplace.jobs.values()), {}, first=True))
@@ -187,17 +223,21 @@ class WorkerPullLoop(Loop):
 
     async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Asks the leader until it answers: without it this node can only wait, and its jobs run on."""
-        while True:
-            try:
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type((Refused, OutcomeUnknown, Overloaded)),
+            wait=wait_random_exponential(multiplier=RETRY_SECONDS, max=LONGEST_RETRY_SECONDS),
+            before_sleep=lambda state: self._failed(state.outcome.exception()),  # type: ignore[union-attr, arg-type]
+        ):
+            with attempt:
                 return await ask()
-            except (Refused, OutcomeUnknown, Overloaded) as error:
-                self._failed(error)
-                await asyncio.sleep(RETRY_SECONDS)
+        raise AssertionError("tenacity gives up only when told to")
 
     def _on_report(self, reports: list[AttemptReport]) -> None:
         for report in reports:
             job = self.workplace.jobs.get(report.key)
             if job is None:
+                if self._early is not None:
+                    self._early[report.key] = report
                 continue
             if report.started_ms is not None and job.started_ms is None:
                 job.started_ms = report.started_ms
@@ -271,7 +311,7 @@ class WorkerPullLoop(Loop):
             try:
                 if full:
                     next_full = loop.time() + self._heartbeat_seconds
-                    samples = {(s.job, s.attempt): s for s in await self.runner.sample()}
+                    samples = await self._sample()
                     await self._send_beats(list(self.workplace.jobs.values()), samples, first=False)
                 else:
                     fresh = [j for j in self.workplace.jobs.values() if j.started_ms is not None and not j.told_start]
@@ -286,6 +326,16 @@ class WorkerPullLoop(Loop):
                     await self._beat_soon.wait()
             except TimeoutError:
                 pass  # time for a full beat
+
+    async def _sample(self) -> dict[Key, ActivitySample]:
+        """Signs of life; none from a runner that is slow to answer: leases must be renewed on time all the same."""
+        self.workplace.disk_free_mb = await asyncio.to_thread(self.workplace.measure_disk)
+        try:
+            async with asyncio.timeout(SAMPLE_SECONDS):
+                return {(sample.job, sample.attempt): sample for sample in await self.runner.sample()}
+        except TimeoutError:
+            self.stats["samples_missed"] += 1
+            return {}
 
     async def _send_beats(self, jobs: list[LocalJob], samples: dict[Key, ActivitySample], *, first: bool) -> None:
         progress = await asyncio.to_thread(_progress_of, jobs, samples) if samples else {}
@@ -321,6 +371,7 @@ class WorkerPullLoop(Loop):
     async def _deliver(self, batch: list[AttemptReport]) -> None:
         folders = [self.workplace.jobs[report.key].folder for report in batch]
         items = await asyncio.to_thread(_ends_of, self.workplace.node, batch, folders)
+        batch = batch[: len(items)]
         answers = await self._desk.finish(items)
         refused = sum(answer is not None for answer in answers)
         self.stats["jobs_reported"] += len(batch) - refused
@@ -354,10 +405,11 @@ def _oldest(jobs: list[LocalJob], ids: list[str]) -> list[Claimant]:
 
 def _signs(job: LocalJob, sample: ActivitySample | None, progress: bytes | None) -> Signs:
     if sample is None:
-        return Signs(job.id, job.attempt)
+        return Signs(job.id, job.attempt, busy=bool(job.description.get("gpus")))
     return Signs(
         job.id,
         job.attempt,
+        busy=bool(job.description.get("gpus")),  # its GPU's use is not measured yet, so it is not held against it
         cpu_seconds=sample.cpu_seconds,
         output_bytes=sample.stdout_bytes + sample.stderr_bytes,
         progress_mtime_ms=sample.progress_mtime_ms,
@@ -383,7 +435,15 @@ def _progress_of(jobs: list[LocalJob], samples: dict[Key, ActivitySample]) -> di
 
 
 def _ends_of(node: str, batch: list[AttemptReport], folders: list[Path]) -> tuple[AttemptDone, ...]:
-    return tuple(_end_of(node, report, folder) for report, folder in zip(batch, folders, strict=True))
+    """As many of them as one entry of the journal should carry; at least one."""
+    items: list[AttemptDone] = []
+    size = 0
+    for report, folder in zip(batch, folders, strict=True):
+        items.append(_end_of(node, report, folder))
+        size += len(items[-1].result or b"")
+        if size >= REPORT_BYTES:
+            break
+    return tuple(items)
 
 
 def _end_of(node: str, report: AttemptReport, folder: Path) -> AttemptDone:
@@ -395,10 +455,8 @@ def _end_of(node: str, report: AttemptReport, folder: Path) -> AttemptDone:
         try:
             result = read_json(folder / "result.json", MAX_RESULT_BYTES)
         except ValueError as problem:
-            if ok:
-                ok, error = False, str(problem)
-            else:
-                error = f"{error}; {problem}"
+            # Exit 0 completes, whatever it left: a day's training is not run again for a file that cannot be read.
+            error = f"{error}; {problem}" if error else f"its result was not taken: {problem}"
     if not ok and error is None:
         error = f"it ended with {report.reason}"
     code = report.exit_code if report.exit_code is not None else (-report.signal if report.signal else None)

@@ -8,6 +8,7 @@ from coordination.unified_queue_populator import Populator
 from p2p.loops.base import PASSING, Loop
 
 PRUNE_SECONDS = 30.0
+SILENT_WORKER_MS = 24 * 3_600_000  # pods come with a new name each time; the books do not keep them for ever
 
 
 class QueuePopulatorLoop(Loop):
@@ -45,6 +46,7 @@ class QueueMaintenanceLoop(Loop):
         now = self._desk.mono_ms()
         if now - self._pruned_at >= PRUNE_SECONDS * 1000:
             self._pruned_at = now
+            self.stats["workers_forgotten"] += await self._desk.clear_inactive_workers(SILENT_WORKER_MS)
             self.stats["jobs_pruned"] += await self._desk.purge(
                 ("completed", "failed", "cancelled"),
                 older_than_ms=int(self._policy.keep_finished_hours * 3_600_000),

@@ -406,7 +406,6 @@ def test_progress_and_result_reach_the_record(start_node: Callable[..., NodeProc
 BAD_RESULTS = {
     "half": ("printf '{\"a\": 1'", "is not JSON"),
     "empty": ("printf ''", "is not JSON"),
-    "nan": ("printf NaN", "is not JSON"),
     "not-utf-8": ("printf '\"\\377\"'", "is not JSON"),
     "too-large": ("head -c 1100000 /dev/zero | tr '\\0' 1", "larger than 1048576 bytes"),
     "deep": ("head -c 100000 /dev/zero | tr '\\0' '['", "is not JSON"),
@@ -414,11 +413,17 @@ BAD_RESULTS = {
 
 
 @pytest.mark.parametrize(("writes", "says"), BAD_RESULTS.values(), ids=BAD_RESULTS.keys())
-def test_a_result_that_is_not_json_fails_the_job_and_says_so(running_node: NodeProcess, writes: str, says: str) -> None:
+def test_exit_0_completes_and_an_unreadable_result_is_told(running_node: NodeProcess, writes: str, says: str) -> None:
     job = running_node.submit(**sh(f'{writes} > "$P2P_JOB_DIR/result.json"', max_attempts=1))
     record = running_node.wait_for(job, "failed", "completed")
-    assert (record["state"], record["exit_code"], record["result"]) == ("failed", 0, None)
+    assert (record["state"], record["exit_code"], record["result"]) == ("completed", 0, None)
     assert says in record["error"] and "result.json" in record["error"]
+
+
+def test_not_a_number_in_a_result_is_null(running_node: NodeProcess) -> None:
+    job = running_node.submit(**sh("""printf '{"loss": NaN}' > "$P2P_JOB_DIR/result.json" """))
+    record = running_node.wait_for(job, "failed", "completed")
+    assert (record["state"], record["result"], record["error"]) == ("completed", {"loss": None}, None)
 
 
 def test_a_process_gets_exactly_the_arguments_environment_and_folder_asked_for(

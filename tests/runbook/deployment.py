@@ -7,7 +7,7 @@ Three things are not the real ones, each no further from it than it must be:
            the same program under another name) says whom the command means, itself excepted, and of those only the
            processes of this deployment are signalled: those with its home in their environment. The shell that runs
            the block is one of them, so a pattern that matches its own shell kills it here as anywhere.
-``ssh``    CI has no sshd, and a session of one would find the real pkill. The stand-in does with the command what sshd
+``ssh``    CI has no sshd, and with one the real pkill would be found. The stand-in does with the command what sshd
            does: joins the words, has the login shell run them with ``-c`` in the home, and is done when nobody holds
            the output any more; so a command that forgets to redirect a daemon's output hangs, and one that kills its
            own shell is a lost connection (255).

@@ -293,7 +293,7 @@ def test_a_job_past_its_own_timeout_is_stuck(
     node = start_node("--no-worker", "--no-populate", **QUICK)
     monkeypatch.setenv("P2P_URL", node.url)
     q = get_work_queue()
-    job = q.add_job(command=["true"], timeout_seconds=0.2)
+    job = q.add_job(command=["true"], timeout_seconds=0.2, grace_seconds=0)
     node.request("POST", "/worker/claim", {"worker": "careless", "resources": {"cpus": 1}})
 
     def beat() -> list[Any]:

@@ -186,10 +186,13 @@ class QueueModel:
         for id, attempt in items:
             job = self.jobs.get(id)
             if job is not None and job.attempt == attempt and job.state in HELD:
+                n += 1
+                if job.state == "claimed":
+                    self._give_back(job, 0)
+                    continue
                 assert job.worker is not None
                 self.books.setdefault(job.worker, Counter())["failed"] += 1
                 self._spend(job, retryable=True)
-                n += 1
         return n
 
     def release(self, ids: tuple[str, ...], key: str) -> Any:

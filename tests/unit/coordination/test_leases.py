@@ -238,3 +238,19 @@ def test_verdicts_can_be_asked_for_while_attempts_come_and_go() -> None:
     done.set()
     thread.join()
     assert failures == []
+
+
+def test_a_leader_that_was_deaf_holds_nobodys_silence_against_them() -> None:
+    leases = table(held("a"), held("b"))
+    woke = BEGAN + 2 * HOUR
+    assert len(leases.lapsed(woke)) == 2
+    leases.was_deaf(woke)
+    assert leases.lapsed(woke + LEASE - 1) == []
+    assert leases.stuck(woke + LEASE - 1, CLAIMED + 3 * HOUR, HOUR) == []
+    assert len(leases.lapsed(woke + LEASE)) == 2
+
+
+def test_an_attempt_has_its_grace_before_it_is_overdue() -> None:
+    leases = table(held(timeout_ms=60_000, grace_ms=120_000))
+    assert leases.overdue(CLAIMED + 179_999, 0) == []
+    assert causes(leases.overdue(CLAIMED + 180_000, 0)) == [("j", "timeout")]

@@ -14,6 +14,7 @@ from coordination.commands import UnknownCommand
 from coordination.errors import Refused
 from coordination.events import EventType as E
 from coordination.queue_state import KEY_AGE_MS, MAX_ERROR_CHARS, MAX_HISTORY, QueueState
+from coordination.retry import MAX_BACKOFF_MS
 from tests.unit.coordination.drive import DAY, T0, Queue, connection, dump, new_job
 
 
@@ -231,9 +232,41 @@ def test_failed_attempt_waits_its_backoff(queue: Queue) -> None:
 def test_timeout_is_told_as_such(queue: Queue) -> None:
     queue.submit(new_job("a", max_attempts=1))
     queue.claim("a")
+    queue.begin("a")
     queue.apply(c.Expire(queue.now, (c.Lapse("a", 1, "timeout"),)))
     assert [event.type for event in queue.events][-2:] == [E.WORK_TIMEOUT, E.WORK_FAILED]
     assert "w1" in queue.column("a", "error")
+
+
+def test_an_attempt_that_never_began_is_given_up_unspent(queue: Queue) -> None:
+    queue.submit(new_job("a", max_attempts=1))
+    queue.claim("a")
+    assert queue.apply(c.Expire(queue.now, (c.Lapse("a", 1, "lease_lapsed"),))) == 1
+    assert (queue.states("a"), queue.column("a", "failures")) == (["pending"], 0)
+    assert queue.finish("a").status == 409, "the attempt is fenced off all the same"
+    (again,) = queue.claim("a")
+    assert again.attempt == 2
+
+
+def test_a_clock_put_right_takes_the_queue_back_with_it(queue: Queue) -> None:
+    right, wrong = queue.now, queue.now + 365 * 86_400_000
+    queue.submit(new_job("later", not_before_ms=wrong + 86_400_000), new_job("failed", backoff_ms=10_000))
+    queue.now = wrong
+    queue.claim("failed")
+    queue.finish("failed", ok=False)
+    queue.now = right + 1_000
+    queue.submit(new_job("new"))
+    assert queue.column("new", "created_ms") == right + 1_000
+    assert queue.column("failed", "ready_ms") == right + 1_000 + MAX_BACKOFF_MS
+    assert queue.column("later", "ready_ms") == wrong + 86_400_000, "what its author asked for stays"
+
+
+def test_the_little_that_two_leaders_clocks_differ_does_not_turn_time_back(queue: Queue) -> None:
+    queue.submit(new_job("a"))
+    began = queue.now
+    queue.now = began - 30_000
+    queue.submit(new_job("b"))
+    assert queue.column("b", "created_ms") == began
 
 
 def test_error_is_cut_to_its_limit(queue: Queue) -> None:
