@@ -434,11 +434,14 @@ def job_reaper(d: Deployment) -> Steps:
     healthy = run_jobs(d, 1, "sh", "-c", "while :; do echo alive; sleep 0.05; done")[0]
     silent = run_jobs(d, 1, *SILENT)[0]
     wait_until(lambda: d.job(silent).get("last_sign_of_life_seconds", 0) > 0.2)
-    ghost = vanish(d, "ghost", 3)
+    begun, *ghost = vanish(d, "ghost", 3)
+    d.order("/worker/heartbeat", worker="ghost", jobs=[{"id": begun, "attempt": 1}])
     with leap(d, watchers=("health_monitor", "job_reaper")):
         wait_until(lambda: d.job(healthy)["last_sign_of_life_seconds"] < 60)
-    for job in (silent, *ghost):
+    for job in (silent, begun):
         wait_until(lambda job=job: d.job(job)["failed_attempts"] == 1)  # type: ignore[misc]
+    for job in ghost:
+        assert d.wait_for(job, "pending")["failed_attempts"] == 0, "it never ran"
     done = yield
     assert "running: True" in done.output
     reaped = loops(d)["JobReaperLoop"]["stats"]
