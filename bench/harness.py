@@ -25,6 +25,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 60.0
+KEEP_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,12 @@ class BenchNode:
 @contextlib.contextmanager
 def node(*flags: str, settings: dict[str, Any] | None = None) -> Iterator[BenchNode]:
     """Starts a node that does not fill its own queue; ends it, its runner and its jobs afterwards."""
-    # Not under /tmp: ext4 looks for free inodes near the parent folder, and is ten times slower at it where others have
-    # just deleted thousands. For the same reason nothing is deleted before the whole benchmark is over.
+    # Not under /tmp: ext4 looks for free inodes near the parent folder, passes over those freed in the last minutes and
+    # is ten times slower at it where thousands were. For the same reason a run leaves its folder for a later one to
+    # delete: what it deletes itself, the next run pays for.
     (ROOT / "data").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=ROOT / "data"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_delete_old)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -79,6 +81,13 @@ def node(*flags: str, settings: dict[str, Any] | None = None) -> Iterator[BenchN
         if runner is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(runner, signal.SIGTERM)
+
+
+def _delete_old() -> None:
+    """Deletes what benchmarks of more than ten minutes ago have left."""
+    for folder in (ROOT / "data").glob("bench-*"):
+        if folder.stat().st_mtime < time.time() - KEEP_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:

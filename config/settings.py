@@ -23,6 +23,9 @@ DEFAULT_PORT = 8770
 ROOT = Path(__file__).resolve().parent.parent
 NODE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 
+# Flags of the contract that mean nothing to a node alone: refused by name, for ignoring one would be worse.
+LATER_FLAGS = ("--peers", "--voter", "--no-voter", "--priority", "--tls-cert", "--tls-key", "--tls-ca")
+
 
 class SettingsError(Exception):
     """A setting is wrong; the message names it, says what is wrong and what would be right."""
@@ -179,6 +182,11 @@ def parser() -> argparse.ArgumentParser:
 def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Settings:
     """The settings of this start. Raises SettingsError."""
     env = os.environ if environment is None else environment
+    for argument in arguments:
+        if argument.partition("=")[0] in LATER_FLAGS:
+            raise SettingsError(
+                f"{argument.partition('=')[0]}: this version runs one node; clusters come with the next"
+            )
     flags = parser().parse_args(arguments)
     values = _from_file(_config_file(flags.config))
     for key, variable in (("node_id", "P2P_NODE_ID"),):

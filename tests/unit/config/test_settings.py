@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from config.settings import Settings, SettingsError, build, is_loopback, load, read_token
+from config.settings import QueueSettings, Settings, SettingsError, build, is_loopback, load, read_token
 
 SECRET = "s3cret-s3cret-s3cret"
 
@@ -206,3 +206,19 @@ def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings.queue.lease_seconds = 1
     assert isinstance(settings, Settings)
+
+
+@pytest.mark.parametrize("flag", ["--peers", "--peers=a:1", "--priority", "--tls-cert=x"])
+def test_a_flag_of_a_later_version_is_refused_by_name(flag: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{flag.partition('=')[0]}: this version runs one node"):
+        load([flag, "x"], {})
+
+
+def test_a_shorter_lease_brings_more_frequent_heartbeats() -> None:
+    assert QueueSettings(lease_seconds=3).heartbeat_seconds == 0.5
+    assert QueueSettings(lease_seconds=60).heartbeat_seconds == 5
+
+
+def test_heartbeats_rarer_than_leases_are_refused() -> None:
+    with pytest.raises(SettingsError, match="heartbeat_seconds"):
+        build({"node_id": "n", "host": "127.0.0.1", "data_dir": "d", "queue": {"heartbeat_seconds": 60}})
