@@ -211,7 +211,7 @@ class Dispatcher:
             if room is not None and room.max_jobs > 0 and self._state.pending_total > 0:
                 jobs = await self._place(room.free, room.max_jobs)
             if jobs and gone():
-                await self.release([job["id"] for job in jobs], "its worker hung up before it was told", key="")
+                await self.release_those_held([job["id"] for job in jobs], "its worker hung up before it was told")
                 return [], notices
             left = deadline - self._clock.mono_ms()
             if jobs or notices or left <= 0 or gone():
@@ -302,7 +302,7 @@ class Dispatcher:
             held = self.leases.by_worker.get(worker, {})
             lost = [job for job, mine in held.items() if Claimant(job, mine.attempt) not in listed]
             if lost:
-                await self.release(lost, "its worker restarted without it", key="")
+                await self.release_those_held(lost, "its worker restarted without it")
         return stale, cancel
 
     def _is_new_start(self, worker: str, beat: Beat) -> bool:
@@ -337,6 +337,11 @@ class Dispatcher:
     async def release(self, ids: list[str], reason: str, *, key: str) -> list[str]:
         released: list[str] = await self.propose(c.Release(self._clock.now_ms(), tuple(ids), reason, key))
         return released
+
+    async def release_those_held(self, ids: list[str], reason: str) -> list[str]:
+        """Releases those of the jobs that are in progress; the others have moved on and are passed over."""
+        # A single id is an order, and refused if it cannot be carried out; two are a list, and looked through.
+        return await self.release([*ids, ids[0]], reason, key="")
 
     async def cancel(self, ids: list[str], reason: str, *, key: str) -> list[str]:
         cancelled: list[str] = await self.propose(c.Cancel(self._clock.now_ms(), tuple(ids), reason, key))

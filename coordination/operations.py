@@ -255,9 +255,7 @@ class Operations:
         stuck = self._desk.stuck(int(threshold * 1000))
         released: list[str] = []
         if stuck:
-            # Two ids at least, so that one that moved on meanwhile is skipped rather than refused.
-            ids = [verdict.held.job for verdict in stuck]
-            released = await self._desk.release([*ids, ids[0]], "stuck", key="")
+            released = await self._desk.release_those_held([verdict.held.job for verdict in stuck], "stuck")
         return {"released": len(released), "ids": released}
 
     # -- the populator, the daemons, alerts -----------------------------------------------------------------------

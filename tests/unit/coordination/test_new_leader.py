@@ -137,3 +137,22 @@ async def test_giving_up_spends_the_attempt_and_tells_its_worker(desk: Desk) -> 
     assert desk.desk.leases.by_job == {}
     assert sorted(notice.job for notice in desk.desk.leases.take_notices("w")) == ["a", "b"]
     assert desk.state.pending_total == 3
+
+
+async def test_a_returning_worker_is_not_held_up_by_one_attempt_that_has_ended_meanwhile(desk: Desk) -> None:
+    await desk.desk.begin_term()
+    desk.desk._loop = None  # the events of what follows are lost: the lease table keeps a ghost
+    desk.apply(c.Cancel(T0, ("a",), "operator"))
+    desk.apply(c.Cancel(T0, ("b",), "operator"))
+    del desk.desk.leases.by_worker["w"]["b"]
+    assert list(desk.desk.leases.by_worker["w"]) == ["a"]
+    assert await desk.desk.heartbeat("w", [], first=True) == ([], [])
+
+
+async def test_the_step_of_a_clock_that_is_put_right_ends_no_job(desk: Desk) -> None:
+    await desk.desk.begin_term()
+    desk.clock.advance(LEASE)
+    desk.clock.now += 3 * 3_600_000  # booted three hours slow, and corrected
+    assert desk.desk.leases.overdue(desk.desk.steady_ms(), 3_600_000) == []
+    assert desk.desk.leases.never_started(desk.desk.steady_ms(), 3_600_000) == []
+    assert [v.cause for v in desk.desk.stuck(3_600_000)] == []
