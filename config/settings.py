@@ -131,6 +131,13 @@ class Settings(Section):
             raise ValueError("use letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit")
         return value
 
+    @field_validator("advertise")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):\d{1,5}", value):
+            raise ValueError(f"must be HOST:PORT, such as gpu-07.example.org:8770, not {value!r}")
+        return value
+
     @field_validator("journal")
     @classmethod
     def _known_journal(cls, value: str) -> str:
@@ -252,8 +259,10 @@ def _from_file(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: {error}") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(body, dict):
         raise SettingsError(f"{path}: must be a mapping of settings")
     if "auth_token" in body:
@@ -271,7 +280,8 @@ def read_token(env: Mapping[str, str], path: Path | str | None) -> str | None:
         token = file.read_text(encoding="utf-8").strip()
         mode = file.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"auth token file {file}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "is not text"
+        raise SettingsError(f"auth token file {file}: {why}") from None
     if mode & 0o077:
         raise SettingsError(f"auth token file {file} can be read by others; run: chmod 600 {file}")
     if not token:

@@ -93,11 +93,22 @@ def _plain(value: Any) -> str:
 
 
 def trouble(event: Event) -> str:
-    """One JSON object a line. Key order is fixed: ``"error": "…"`` reads as the runbook greps for it."""
+    """One JSON object a line. ``"error": "…"`` reads as the runbook greps for it: the outcome and the last line a job
+    wrote, which is where a Python traceback says what it was, and no double quotes, at which the grep would stop. What
+    that leaves out is in ``detail``."""
     body = {"at": _iso(event.at_ms), "event": str(event.type), **event.fields}
+    error = body.get("error")
+    if isinstance(error, str) and (short := _short(error)) != error:
+        body["error"], body["detail"] = short, error
     if event.type not in (E.WORK_TIMEOUT, E.WORK_STALLED) and body.get("cause") not in ("timeout", "no_sign_of_life"):
         body.pop("timeout_ms", None)
     return json.dumps(body) + "\n"
+
+
+def _short(error: str) -> str:
+    outcome, _, said = error.partition(": ")
+    lines = said.strip().splitlines()
+    return (f"{outcome}: {lines[-1].strip()}" if lines else error.strip()).replace('"', "'")
 
 
 class EventLog:

@@ -6,9 +6,11 @@ targets, watches over HTTP, and ends when they are met. Ctrl-C drains the node a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -309,7 +311,8 @@ def play(node: Node, console: Console, minutes: float) -> None:
     """Watches until the targets are met, the time is up or a person stops it; then shows what came of it."""
     try:
         met = watch(node, console, time.monotonic() + minutes * 60)
-        console.print("the targets are met" if met else "the time is up", highlight=False)
+        again = "scripts/demo --fresh starts over" if met else "scripts/demo goes on from here"
+        console.print(f"{'the targets are met' if met else 'the time is up'}; {again}", highlight=False)
     except KeyboardInterrupt:
         console.print("stopping; a second start goes on from here", highlight=False)
     try:
@@ -317,6 +320,14 @@ def play(node: Node, console: Console, minutes: float) -> None:
     except KeyboardInterrupt:
         console.print("left the running jobs to the runner; the next start takes them up", highlight=False)
     show(node, console)
+
+
+def arguments() -> argparse.Namespace:
+    flags = argparse.ArgumentParser(
+        prog="scripts/demo", description="Plays real games on one node and shows how it goes."
+    )
+    flags.add_argument("--fresh", action="store_true", help="forget what an earlier demo played and start over")
+    return flags.parse_args()
 
 
 def main() -> int:
@@ -328,7 +339,11 @@ def main() -> int:
     node: Node | None = None
     code = 0
     try:
+        asked = arguments()
         minutes = minutes_allowed()
+        if asked.fresh:
+            end_leftover()
+            shutil.rmtree(FOLDER, ignore_errors=True)
         node = launch_node()
         wait_ready(node)
         console.print(f"a node runs at {node.url}; its files are under {FOLDER}", highlight=False)

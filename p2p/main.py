@@ -43,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _run(settings: Settings) -> None:
     def ready(node: Node) -> None:
         log.info(
-            "node %s (version %s) leads a cluster of one on %s; curl %s/status",
+            "node %s (version %s) leads a cluster of one, listening on %s:%d; curl %s/status",
             settings.node_id,
             version(),
-            node.url,
+            settings.host,
+            node.port,
             node.url,
         )
 

@@ -116,8 +116,14 @@ class Node:
     async def start(self) -> None:
         """Raises StartError with a sentence for the person at the terminal."""
         settings = self.settings
-        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # jobs' environments and results lie there
-        settings.log_dir.mkdir(parents=True, exist_ok=True)
+        for folder, mode in (
+            (settings.data_dir, 0o700),
+            (settings.log_dir, 0o777),
+        ):  # the first is private
+            try:
+                folder.mkdir(mode=mode, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StartError(f"the folder {folder} cannot be made: {error.strerror}") from None
         await self._wait_for("the data directory", self._take_lock)
         listener = await self._wait_for(f"port {settings.port}", self._bind)
         self.port = listener.getsockname()[1]

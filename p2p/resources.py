@@ -118,8 +118,10 @@ def _gpu(n: int, gpu: _GpuFile) -> GpuOffer:
 def _read(path: Path) -> _File:
     try:
         return _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (OSError, yaml.YAMLError) as error:
-        raise ResourcesError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ResourcesError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ResourcesError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise ResourcesError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

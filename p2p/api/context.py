@@ -94,7 +94,7 @@ def answer(
         packed = msgpack.packb(body, default=_as_float, unicode_errors="replace")
         return web.Response(body=packed, status=status, content_type="application/msgpack", headers=told)
     # ASCII on the wire: a lone surrogate in somebody's text must not become an encoding error.
-    text = json.dumps(body, separators=(",", ":"))
+    text = json.dumps(body, separators=(",", ":")) + "\n"  # a person's prompt begins on a line of its own
     return web.Response(body=text.encode("ascii"), status=status, content_type="application/json", headers=told)
 
 

@@ -110,6 +110,7 @@ async def listing(request: web.Request) -> web.Response:
 
 @routes.get("/jobs/{id}")
 async def record(request: web.Request) -> web.Response:
+    """One job: its record, history, and why it is pending."""
     check_query(request)
     as_of = await context(request).read_point(request)
     job = await context(request).operations.job(request.match_info["id"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 from aiohttp import web
@@ -69,8 +70,17 @@ async def index(request: web.Request) -> web.Response:
     for route in request.app.router.routes():
         if route.method != "HEAD" and route.resource is not None:
             purpose = (route.handler.__doc__ or "").strip().partition("\n")[0]
-            pages.append({"method": route.method, "path": route.resource.canonical, "about": purpose})
+            pages += [{"method": route.method, "path": path, "about": purpose} for path in _paths(route.resource)]
     return answer(request, {"node_id": context(request).settings.node_id, "pages": pages})
+
+
+def _paths(resource: web.AbstractResource) -> list[str]:
+    """As a person would ask for them: ``/jobs/{id}/cancel``, ``/jobs/{id}/release``, …"""
+    pattern = resource.get_info().get("pattern")
+    verbs = re.search(r"\(\?P<verb>([^)]+)\)", pattern.pattern) if pattern is not None else None
+    return (
+        [resource.canonical.replace("{verb}", verb) for verb in verbs[1].split("|")] if verbs else [resource.canonical]
+    )
 
 
 @routes.get("/health")
@@ -90,6 +100,7 @@ async def ready(request: web.Request) -> web.Response:
 
 @routes.get("/status")
 async def status(request: web.Request) -> web.Response:
+    """Everything about this node and its queue."""
     check_query(request)
     here = context(request)
     as_of = await here.read_point(request)
@@ -98,6 +109,7 @@ async def status(request: web.Request) -> web.Response:
 
 @routes.get("/nodes")
 async def nodes(request: web.Request) -> web.Response:
+    """Every node by id: state, role, resources, running jobs."""
     check_query(request)
     here = context(request)
     as_of = await here.read_point(request)

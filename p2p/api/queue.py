@@ -51,6 +51,7 @@ class Nothing(Closed):
 
 @routes.get("/work_queue_status")
 async def work_queue_status(request: web.Request) -> web.Response:
+    """The queue at a glance: sums by state and kind, workers, health, alerts."""
     check_query(request)
     as_of = await context(request).read_point(request)
     status = await context(request).operations.queue_status()
@@ -67,6 +68,7 @@ async def work_assignment_status(request: web.Request) -> web.Response:
 
 @routes.get("/work_queue/stuck")
 async def stuck(request: web.Request) -> web.Response:
+    """In progress for at least ?threshold_seconds= and with a reason."""
     check_query(request, "threshold_seconds")
     as_of = await context(request).read_point(request)
     threshold = query_number(request, "threshold_seconds")
@@ -76,6 +78,7 @@ async def stuck(request: web.Request) -> web.Response:
 
 @routes.get("/work_queue/failures")
 async def failures(request: web.Request) -> web.Response:
+    """The newest ?limit= failed jobs with their errors."""
     check_query(request, "limit")
     as_of = await context(request).read_point(request)
     limit = query_int(request, "limit", least=1, most=1000) or 20
@@ -84,6 +87,7 @@ async def failures(request: web.Request) -> web.Response:
 
 @routes.post("/work_queue/clear")
 async def clear(request: web.Request) -> web.Response:
+    """Cancels what has not started; with include_running everything."""
     check_query(request)
     body = await read_model(request, ClearBody)
     return answer(request, await context(request).operations.clear(body.include_running))
@@ -91,6 +95,7 @@ async def clear(request: web.Request) -> web.Response:
 
 @routes.post("/work_queue/purge_failed")
 async def purge_failed(request: web.Request) -> web.Response:
+    """Forgets jobs that failed more than max_age_hours ago."""
     check_query(request)
     body = await read_model(request, PurgeBody)
     return answer(request, await context(request).operations.purge_failed(body.max_age_hours))
@@ -98,6 +103,7 @@ async def purge_failed(request: web.Request) -> web.Response:
 
 @routes.post("/work_queue/clear_inactive_workers")
 async def clear_inactive_workers(request: web.Request) -> web.Response:
+    """Forgets workers silent for threshold_seconds; their jobs go back."""
     check_query(request)
     body = await read_model(request, InactiveBody)
     return answer(request, await context(request).operations.clear_inactive_workers(body.threshold_seconds))
@@ -105,6 +111,7 @@ async def clear_inactive_workers(request: web.Request) -> web.Response:
 
 @routes.post("/work_queue/release_stuck")
 async def release_stuck(request: web.Request) -> web.Response:
+    """Gives back what is stuck; no attempt is spent."""
     check_query(request)
     body = await read_model(request, StuckBody)
     return answer(request, await context(request).operations.release_stuck(body.threshold_seconds))
@@ -112,12 +119,14 @@ async def release_stuck(request: web.Request) -> web.Response:
 
 @routes.get("/populator")
 async def populator(request: web.Request) -> web.Response:
+    """The populator's health."""
     check_query(request)
     return answer(request, await context(request).operations.populator(), as_of=context(request).as_of())
 
 
 @routes.post("/populator/populate")
 async def populate(request: web.Request) -> web.Response:
+    """Fills the queue now."""
     check_query(request)
     body = await read_model(request, PopulateBody)
     return answer(request, await context(request).operations.populate(body.force))
@@ -125,12 +134,14 @@ async def populate(request: web.Request) -> web.Response:
 
 @routes.get("/daemons")
 async def daemons(request: web.Request) -> web.Response:
+    """The background loops and their states."""
     check_query(request)
     return answer(request, await context(request).operations.daemons(), as_of=context(request).as_of())
 
 
 @routes.post("/daemons/{type}/{verb:restart|start|stop}")
 async def daemon(request: web.Request) -> web.Response:
+    """Restarts, starts or stops a background loop."""
     check_query(request)
     await read_model(request, Nothing)
     operations = context(request).operations

@@ -222,3 +222,20 @@ def test_a_shorter_lease_brings_more_frequent_heartbeats() -> None:
 def test_heartbeats_rarer_than_leases_are_refused() -> None:
     with pytest.raises(SettingsError, match="heartbeat_seconds"):
         build({"node_id": "n", "host": "127.0.0.1", "data_dir": "d", "queue": {"heartbeat_seconds": 60}})
+
+
+def test_the_example_file_names_every_setting_with_its_default() -> None:
+    text = (Path(__file__).resolve().parents[3] / "config/cluster.example.yaml").read_text()
+    required = {"node_id": "n", "host": "127.0.0.1", "data_dir": "d"}
+    assert build({**required, **yaml.safe_load(text)}) == build(dict(required))
+    for name, field in Settings.model_fields.items():
+        assert f"{name}:" in text or name == "auth_token", name
+        section = field.annotation
+        for inner in getattr(section, "model_fields", {}):
+            assert f"  {inner}:" in text, f"{name}.{inner}"
+
+
+@pytest.mark.parametrize("advertise", ["foo", "foo:", ":8770", "foo:bar", "a b:1"])
+def test_an_address_to_advertise_is_a_host_and_a_port(advertise: str) -> None:
+    with pytest.raises(SettingsError, match="advertise: must be HOST:PORT"):
+        load(["--advertise", advertise], {})

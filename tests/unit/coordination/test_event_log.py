@@ -98,7 +98,8 @@ def test_error_reads_as_the_runbook_greps_for_it(tmp_path: Path) -> None:
 def test_trouble_is_one_json_object_a_line(tmp_path: Path) -> None:
     _, queue = logged(tmp_path, *(Event(E.WORK_FAILED, AT, {**FAILED, "error": 'a "b"\n\u2028'}) for _ in range(3)))
     bodies = [json.loads(text) for text in queue.splitlines()]
-    assert [body["error"] for body in bodies] == ['a "b"\n\u2028'] * 3
+    assert [body["detail"] for body in bodies] == ['a "b"\n\u2028'] * 3
+    assert [body["error"] for body in bodies] == ["a 'b'"] * 3
     assert bodies[0]["event"] == "WORK_FAILED"
 
 
@@ -193,3 +194,12 @@ def test_text_no_encoding_holds_is_written_escaped(tmp_path: Path) -> None:
     file.write("\ud800\n")
     file.close()
     assert (tmp_path / "x.log").read_text() == "\\ud800\n"
+
+
+def test_the_runbooks_grep_shows_what_a_python_traceback_says(tmp_path: Path) -> None:
+    said = (
+        'exit code 1: Traceback (most recent call last):\n  File "x.py", line 1, in <module>\nValueError: bad "thing"'
+    )
+    _, queue = logged(tmp_path, Event(E.WORK_FAILED, AT, {**FAILED, "error": said}))
+    assert re.search('error": "([^"]+)', queue)[1] == "exit code 1: ValueError: bad 'thing'"  # type: ignore[index]
+    assert json.loads(queue)["detail"] == said
