@@ -64,7 +64,7 @@ class Beat(NamedTuple):
     started_ms: int | None
 
 
-@lru_cache(maxsize=4_096)
+@lru_cache(maxsize=32_768)
 def _shape(requires: str) -> Shape:
     return read_shape(requires)
 
