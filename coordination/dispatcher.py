@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -22,9 +22,9 @@ from coordination.events import Event, EventBus
 from coordination.events import EventType as E
 from coordination.kinds import Kinds
 from coordination.leases import Claimant, Held, LeaseTable, Signs, Verdict
-from coordination.placement import Offer, Placed, Shape, choose, misfits, read_shape
+from coordination.placement import Offer, Placed, Shape, choose, misfits, read_shape, with_defaults
 from coordination.queue_reads import QueueReader
-from coordination.queue_state import Claimed, Head, QueueState
+from coordination.queue_state import Claimed, QueueState
 from coordination.submission import Submission
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class Dispatcher:
                 started_ms=row.started_ms,
                 renewed_at=now,
                 alive_at=now,
-                grace_ms=_grace_ms(row.spec),
+                grace_ms=_grace_ms(json.loads(row.spec)),
                 grace_until_ms=grace_until_ms,
             )
             self.leases.grant(held)
@@ -235,11 +235,12 @@ class Dispatcher:
             raise
         finally:
             self._reserved.difference_update(pick.seq for pick in picks)
-        for job in claimed:
-            held = self.leases.by_job.get(job.id)
-            if held is not None and held.attempt == job.attempt:
-                held.grace_ms = _grace_ms(job.spec)
-        return [_for_worker(job) for job in claimed]
+        told = [_for_worker(job) for job in claimed]
+        for job in told:
+            held = self.leases.by_job.get(job["id"])
+            if held is not None and held.attempt == job["attempt"]:
+                held.grace_ms = _grace_ms(job)
+        return told
 
     def _choose(self, offer: Offer, max_jobs: int, reserved: frozenset[int]) -> list[Placed]:
         """Runs on the apply thread, between batches."""
@@ -413,9 +414,9 @@ class Dispatcher:
         """See `LeaseTable.stuck`."""
         return self.leases.stuck(self._clock.mono_ms(), self.steady_ms(), threshold_ms)
 
-    def why_pending(self, requires: str) -> str:
+    def why_pending(self, requires: Mapping[str, Any]) -> str:
         """In words, why a pending job of these requirements has not been placed."""
-        shape = _shape(requires)
+        shape = with_defaults(requires)
         offers = [room for worker, room in self.rooms.items() if self._is_there(worker)]
         if not offers and self.rooms:
             return f"all {len(self.rooms)} known workers have been silent for longer than a lease: restart them"
@@ -484,9 +485,9 @@ class Dispatcher:
         )
 
 
-def _grace_ms(spec: bytes) -> int:
+def _grace_ms(job: Mapping[str, Any]) -> int:
     """How long a job may take to end once it is asked to."""
-    return round(float(json.loads(spec).get("grace_seconds", 30.0)) * 1000)
+    return round(float(job.get("grace_seconds", 30.0)) * 1000)
 
 
 _TOLD = (
@@ -526,4 +527,4 @@ def _tally(reasons: list[list[str]]) -> str:
     return "; ".join(f"{head} (fails on {n} of {len(reasons)} nodes)" for head, n in heads.items())
 
 
-__all__ = ["Beat", "Dispatcher", "Head", "Journal", "Reading", "Room"]
+__all__ = ["Beat", "Dispatcher", "Journal", "Reading", "Room"]

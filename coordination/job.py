@@ -7,6 +7,7 @@ is accepted is `coordination.queue_state`.
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 from enum import StrEnum
@@ -144,8 +145,6 @@ class Requires(Closed):
 
     def shape(self) -> str:
         """The canonical JSON of these requirements, defaults left out: the identity of the shape."""
-        import json
-
         return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True, separators=(",", ":"))
 
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import Field, ValidationError
@@ -138,10 +138,6 @@ class Kinds:
             if key not in values:
                 raise InvalidInput(f"params.{key}", f"kind {name!r} needs it")
         return [_PLACEHOLDER.sub(lambda m: _text(values[m[1]]), part) for part in kind.command]
-
-    def public(self) -> dict[str, Any]:
-        """Kind -> its definition as JSON, for people."""
-        return {name: kind.model_dump(exclude_defaults=True) for name, kind in sorted(self.by_name.items())}
 
 
 def _text(value: str | bool | int | float) -> str:

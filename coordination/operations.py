@@ -4,6 +4,7 @@ here. Each takes plain values and answers a JSON object; errors are those of `co
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections import defaultdict
@@ -25,7 +26,6 @@ from coordination.unified_queue_populator import Populator
 DEFAULT_STUCK_SECONDS = 3600.0
 # Environment variables whose values no page shows: whoever may read the queue need not hold every job's credentials.
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-ACTIVE_FACTOR = 1.0  # a worker is active while its newest word is younger than this many leases
 
 
 class Depth:
@@ -145,7 +145,7 @@ class Operations:
         by_name = {book.worker: book for book in books}
         rows = []
         for worker, at in sorted(leases.seen_at.copy().items()):
-            if now - at <= leases.lease_ms * ACTIVE_FACTOR:
+            if now - at <= leases.lease_ms:
                 book = by_name.get(worker)
                 rows.append(
                     {
@@ -200,12 +200,10 @@ class Operations:
 
     def _annotate(self, record: dict[str, Any]) -> dict[str, Any]:
         """Adds what only the leader's memory knows: why it waits, its progress, its last sign of life."""
-        import json
-
         record["env"] = {name: "***" if _SECRET.search(name) else value for name, value in record["env"].items()}
         state = record["state"]
         if state == "pending":
-            record["why_pending"] = self._desk.why_pending(json.dumps(record["requires"]))
+            record["why_pending"] = self._desk.why_pending(record["requires"])
         elif state == "waiting":
             record["why_pending"] = _why_waiting(record, self._desk.now_ms())
         held = self._desk.leases.by_job.get(record["id"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -61,9 +61,20 @@ Shape = dict[str, Any]
 
 def read_shape(requires: str) -> Shape:
     """The requirements of a shape from their canonical JSON, with the defaults of `Requires` for what is absent."""
-    shape: Shape = {"cpus": 1.0, "memory_mb": 0, "disk_mb": 0, "gpus": 0, "gpu_memory_mb": 0, "gpu_share": 1.0}
-    shape.update(json.loads(requires))
-    return shape
+    return with_defaults(json.loads(requires))
+
+
+def with_defaults(requires: Mapping[str, Any]) -> Shape:
+    """Requirements of which some were left out, with the defaults of `Requires` for those."""
+    return {
+        "cpus": 1.0,
+        "memory_mb": 0,
+        "disk_mb": 0,
+        "gpus": 0,
+        "gpu_memory_mb": 0,
+        "gpu_share": 1.0,
+        **requires,
+    }
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from coordination.unified_queue_populator import Populator
 from p2p.api import app as api
 from p2p.api.context import Context
 from p2p.api.listener import listen
-from p2p.driver import Driver
+from p2p.driver import Driver, die
 from p2p.ids import Index, NodeId
 from p2p.journal import snapshot
 from p2p.loops.base import Loop
@@ -116,10 +116,8 @@ class Node:
     async def start(self) -> None:
         """Raises StartError with a sentence for the person at the terminal."""
         settings = self.settings
-        for folder, mode in (
-            (settings.data_dir, 0o700),
-            (settings.log_dir, 0o777),
-        ):  # the first is private
+        private, open_to_umask = 0o700, 0o777  # the environments of jobs lie in the data directory
+        for folder, mode in ((settings.data_dir, private), (settings.log_dir, open_to_umask)):
             try:
                 folder.mkdir(mode=mode, parents=True, exist_ok=True)
             except OSError as error:
@@ -138,7 +136,6 @@ class Node:
         reader = await asyncio.wrap_future(self._reading.submit(QueueReader, str(self._state_path)))
         self._undo.append(lambda: asyncio.to_thread(self._stop_reading, reader))
         self._reader = reader
-        await asyncio.wrap_future(self.driver.query(lambda: None))
         self.desk = Dispatcher(
             journal=self.driver,
             state=state,
@@ -287,8 +284,6 @@ class Node:
         """The journal or the state failed: leave word for the next start, and end at once."""
         if "corrupt" in why.lower() or "malformed" in why.lower():
             (self.settings.data_dir / SUSPECT).touch()
-        from p2p.driver import die
-
         die(why)
 
     def _read(self, question: Callable[[QueueReader], T]) -> Future[T]:

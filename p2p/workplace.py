@@ -18,14 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coordination.placement import Offer, take
+from coordination.placement import Offer, Shape, take, with_defaults
 from coordination.validation import MAX_DEPTH, nested_deeper
 from p2p.runner.client import StartSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 # The cluster secret and the node's own settings are not a job's business (DESIGN §4).
 _HIDDEN = re.compile(r"^(RINGRIFT_CLUSTER_AUTH_TOKEN|P2P_)")
-_SHAPE = {"cpus": 1.0, "memory_mb": 0, "disk_mb": 0, "gpus": 0, "gpu_memory_mb": 0, "gpu_share": 1.0}
 MAX_RESULT_BYTES = 1 << 20
 MAX_PROGRESS_BYTES = 64 << 10
 YOUNGEST_SECONDS = 60.0  # a younger folder may be of a job that is just being started
@@ -50,8 +49,8 @@ class LocalJob:
         return (self.id, self.attempt)
 
     @property
-    def shape(self) -> dict[str, Any]:
-        return {**_SHAPE, **self.description.get("requires", {})}
+    def shape(self) -> Shape:
+        return with_defaults(self.description.get("requires", {}))
 
 
 class Workplace:

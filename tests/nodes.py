@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,19 @@ def wait_until(what: Callable[[], Any], *, seconds: float = 20.0, every: float =
             return value
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(every)
+
+
+@contextlib.contextmanager
+def node_offering(folder: Path, resources: dict[str, Any]) -> Iterator[NodeProcess]:
+    """A ready node with these resources, whatever this machine has, that does not fill its queue by itself."""
+    file = folder / "resources.yaml"
+    file.write_text(yaml.safe_dump(resources))
+    node = NodeProcess(folder, ["--no-populate", "--resources", str(file)])
+    try:
+        node.start()
+        yield node
+    finally:
+        node.destroy()
 
 
 class NodeProcess:

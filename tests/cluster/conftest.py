@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import yaml
 
-from tests.nodes import NodeProcess
+from tests.nodes import NodeProcess, node_offering
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +24,5 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
 def running_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     """A node with room for many jobs and no GPU, whatever this machine has."""
     folder = tmp_path_factory.mktemp("node")
-    resources = folder / "resources.yaml"
-    resources.write_text(yaml.safe_dump({"cpus": 16, "memory_mb": 8000, "gpus": [], "labels": {"zone": "eu"}}))
-    node = NodeProcess(folder, ["--no-populate", "--resources", str(resources)])
-    try:
-        node.start()
+    with node_offering(folder, {"cpus": 16, "memory_mb": 8000, "gpus": [], "labels": {"zone": "eu"}}) as node:
         yield node
-    finally:
-        node.destroy()

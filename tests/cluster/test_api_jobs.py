@@ -12,9 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from tests.nodes import NodeProcess, wait_until
+from tests.nodes import NodeProcess, node_offering, wait_until
 
 NO_JOB = "1m0000000000000000000"
 
@@ -53,14 +52,8 @@ def one_slot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
         {"model": "NVIDIA A100-SXM4-40GB", "memory_mb": 40_000, "compute_capability": "8.0", "uuid": "GPU-aa"},
         {"model": "NVIDIA H100 80GB HBM3", "memory_mb": 80_000, "compute_capability": "9.0", "uuid": "GPU-bb"},
     ]
-    resources = folder / "resources.yaml"
-    resources.write_text(yaml.safe_dump({"cpus": 1, "memory_mb": 1000, "gpus": gpus, "labels": {"zone": "eu"}}))
-    node = NodeProcess(folder, ["--no-populate", "--resources", str(resources)])
-    try:
-        node.start()
+    with node_offering(folder, {"cpus": 1, "memory_mb": 1000, "gpus": gpus, "labels": {"zone": "eu"}}) as node:
         yield node
-    finally:
-        node.destroy()
 
 
 @pytest.fixture
