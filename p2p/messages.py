@@ -1,0 +1,176 @@
+"""What voters say to each other about elections and the journal (PROTOCOL §1, Messages), and its wire form.
+
+Sender, receiver and cluster are the connection's business (`p2p.transport` proves them at its handshake and drops what
+is for another disk); every message carries its term. A message is a msgpack array ``[version, name, field, …]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgpack
+
+from p2p.ids import Index, Term, VoterId
+
+WIRE_VERSION = 1
+
+
+class PreVote(NamedTuple):
+    """Would you vote for me in `next_term`? Changes nothing at the receiver (Ongaro 2014, §9.6)."""
+
+    term: Term  # the sender's own, not the one it asks about
+    next_term: Term
+    last_index: Index
+    last_term: Term
+    priority: int
+
+
+class PreVoteReply(NamedTuple):
+    """`reason` of a refusal: ``lease`` (a leader lives), ``log``, ``higher`` (the bully's answer), ``term``."""
+
+    term: Term
+    next_term: Term
+    granted: bool
+    reason: str
+
+
+class Vote(NamedTuple):
+    """RequestVote. `transfer`: the leader asked for this election, so its lease does not count (Ongaro §4.2.3)."""
+
+    term: Term
+    last_index: Index
+    last_term: Term
+    transfer: bool
+
+
+class VoteReply(NamedTuple):
+    term: Term
+    granted: bool
+    reason: str  # voted | log | lease | term
+
+
+class Append(NamedTuple):
+    """AppendEntries; without entries a heartbeat. `entries` are (term, kind, body) of prev_index + 1 and on. `round`
+    is echoed: an acknowledgement counts for the leader's lease from the moment that round was sent. `heirs` are the
+    voters in the order in which they should stand if this leader dies (PROTOCOL §2.2)."""
+
+    term: Term
+    prev_index: Index
+    prev_term: Term
+    entries: tuple[tuple[int, int, bytes], ...]
+    commit: Index
+    round: int
+    heirs: tuple[VoterId, ...]
+
+
+class AppendReply(NamedTuple):
+    """`match`: the sender holds the leader's log up to there, durably. On a refusal `conflict_first` is where the
+    leader should look next: the first entry of the conflicting term, or just behind the sender's end; `last_index` is
+    that end. `ready`: it could lead (its disk answers, nothing is wrong with it)."""
+
+    term: Term
+    ok: bool
+    match: Index
+    conflict_term: Term
+    conflict_first: Index
+    last_index: Index
+    round: int
+    priority: int
+    ready: bool
+
+
+class SnapshotOffer(NamedTuple):
+    """The receiver is behind the log: it should fetch this state from the sender. See `p2p.effects.SnapshotMeta`."""
+
+    term: Term
+    index: Index  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    last_term: Term
+    config: bytes
+    chain: bytes
+    name: str
+    size: int
+    sha256: str
+    round: int
+
+
+class TimeoutNow(NamedTuple):
+    """Stand for election at once: the leader hands its seat over (Ongaro §3.10)."""
+
+    term: Term
+    last_index: Index
+
+
+Message = PreVote | PreVoteReply | Vote | VoteReply | Append | AppendReply | SnapshotOffer | TimeoutNow
+_TYPES: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (PreVote, PreVoteReply, Vote, VoteReply, Append, AppendReply, SnapshotOffer, TimeoutNow)
+}
+
+
+class BadMessage(Exception):
+    """A peer sent what is no message of this version. Counted and dropped; nothing changes."""
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of one message."""
+    return bytes(msgpack.packb((WIRE_VERSION, type(message).__name__, *message)))
+
+
+def decode(raw: bytes) -> Message:
+    """Raises BadMessage for anything that `encode` does not make."""
+    try:
+        version, name, *values = msgpack.unpackb(raw, use_list=False)
+        kind = _TYPES[name]
+        if version != WIRE_VERSION or isinstance(version, bool):
+            raise BadMessage(f"message {name!r} has version {version}; this build speaks {WIRE_VERSION}")
+        message: Message = kind(*values)
+    except BadMessage:
+        raise
+    except Exception as error:
+        raise BadMessage(f"{len(raw)} bytes are no message: {type(error).__name__}") from None
+    _check(message)
+    return message
+
+
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "term": int, "next_term": int, "last_index": int, "last_term": int, "priority": int, "granted": bool,
+    "reason": str, "transfer": bool, "prev_index": int, "prev_term": int, "entries": tuple, "commit": int,
+    "round": int, "heirs": tuple, "ok": bool, "match": int, "conflict_term": int, "conflict_first": int,
+    "ready": bool, "index": int, "config": bytes, "chain": bytes, "name": str, "size": int, "sha256": str,
+}  # fmt: skip
+_MAY_BE_NEGATIVE = frozenset({"priority"})
+LARGEST = 1 << 62  # the stores keep numbers in 64 bits with a sign
+
+
+def _check(message: Message) -> None:
+    """Types and signs: a peer's nonsense must not get as far as arithmetic."""
+    for name, value in zip(message._fields, message, strict=True):
+        wanted = _FIELD_TYPES[name]
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise BadMessage(f"{type(message).__name__}.{name} is {type(value).__name__}")
+        if wanted is int:
+            least = -LARGEST if name in _MAY_BE_NEGATIVE else 0
+            if not least <= value <= LARGEST:  # type: ignore[operator]
+                raise BadMessage(f"{type(message).__name__}.{name} is out of range")
+    if isinstance(message, Append):
+        _check_entries(message)
+        if not all(isinstance(heir, str) for heir in message.heirs):
+            raise BadMessage("Append.heirs holds something that is no voter")
+
+
+def _check_entries(message: Append) -> None:
+    """A log's terms never fall, and none is later than its leader's (Raft §5.3)."""
+    term: int = max(message.prev_term, 1)
+    for item in message.entries:
+        if not (
+            isinstance(item, tuple)
+            and len(item) == 3
+            and type(item[0]) is int
+            and type(item[1]) is int
+            and 0 <= item[1] <= LARGEST
+            and isinstance(item[2], bytes)
+        ):
+            raise BadMessage("Append.entries holds something that is no entry")
+        if not term <= item[0] <= message.term:
+            raise BadMessage(f"Append.entries has an entry of term {item[0]} behind one of term {term}")
+        term = item[0]

@@ -1,0 +1,135 @@
+"""Changing who votes, one voter at a time (Ongaro 2014, §4, and the fix of 2015; PROTOCOL §2.24)."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2p.effects import Config, ReadReady
+from p2p.ids import Index, Term
+from p2p.messages import Append, AppendReply
+from p2p.replica import FOLLOWER, LEADER, ConfigRefused, Propose, Read, Reconfigure, Tick
+from tests.unit.p2p.interaction import Cluster, voter
+
+
+def members(voters: str, learners: str = "") -> Config:
+    return Config(tuple(map(voter, voters.split())), tuple(map(voter, learners.split())))
+
+
+def test_a_removed_leader_stands_again_while_its_removal_is_not_committed() -> None:
+    """Ongaro §4.2.2, Figure 4.6: of two voters the leader removes itself and its power fails before the other has
+    heard of it. The other cannot win without a vote that the longer log refuses it, so only the removed one can lead:
+    it stands without voting for itself, commits its removal, and leaves."""
+    cluster = Cluster(2)
+    cluster.elect("n1")
+    cluster.cut("n1", "n2")
+    cluster.step("n1", Reconfigure(members("n2")))
+    cluster.sync("n1")
+    cluster.crash("n1")
+    cluster.cuts.clear()
+    cluster.now += 10
+    cluster.restart("n1")
+    cluster.run_to(cluster.now + 20)
+    n1, n2 = cluster.nodes["n1"].replica, cluster.nodes["n2"].replica
+    assert n2.role == LEADER
+    assert n2.config == members("n2")
+    assert n1.role == FOLLOWER
+
+
+def test_a_removed_voter_stands_no_more_once_it_knows_that_it_was_removed() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.step("n3", Reconfigure(members("n2 n3")))
+    cluster.run_to(cluster.now + 1)
+    n1 = cluster.nodes["n1"].replica
+    assert n1.config == members("n2 n3")
+    cluster.run_to(cluster.now + 10)
+    assert n1.next_deadline() is None
+    assert cluster.leaders == {1: "n3"}
+
+
+def test_a_voter_named_twice_counts_once() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    twice = members("n1 n2 n3 n3", "")
+    before = cluster.nodes["n3"].replica.journal.last_index
+    cluster.step("n3", Reconfigure(twice))
+    assert cluster.nodes["n3"].replica.config == members("n1 n2 n3")
+    assert cluster.nodes["n3"].replica.journal.last_index == before
+
+
+def with_learner() -> Cluster:
+    """One voter n1, which leads, and the learner n2, which holds everything."""
+    cluster = Cluster(1, strangers=1)
+    cluster.elect("n1")
+    cluster.step("n1", Reconfigure(members("n1", "n2")))
+    cluster.run_to(cluster.now + 1)
+    return cluster
+
+
+def test_a_learner_that_holds_everything_may_vote() -> None:
+    cluster = with_learner()
+    cluster.step("n1", Reconfigure(members("n1 n2")))
+    cluster.run_to(cluster.now + 1)
+    assert cluster.nodes["n2"].replica.config == members("n1 n2")
+
+
+def test_a_learner_that_is_silent_is_not_made_a_voter() -> None:
+    """One voter and a dead one are no majority: the change would take the cluster down, and could not be undone."""
+    cluster = with_learner()
+    cluster.crash("n2")
+    cluster.run_to(cluster.now + 1)
+    with pytest.raises(ConfigRefused, match="not up to date"):
+        cluster.step("n1", Reconfigure(members("n1 n2")))
+    assert cluster.nodes["n1"].replica.config == members("n1", "n2")
+
+
+def test_a_learner_that_has_lost_what_it_held_is_not_made_a_voter() -> None:
+    cluster = with_learner()
+    held = cluster.nodes["n1"].replica
+    cluster.step("n1", Propose((b"x",)))
+    cluster.stabilize()
+    cluster.now += 0.1
+    cluster.tick("n1")
+    forgetful = AppendReply(Term(1), False, Index(0), Term(0), Index(2), Index(1), held._round, 0, True)
+    cluster.receive("n1", "n2", forgetful)
+    assert held.progress[voter("n2")].regressed
+    with pytest.raises(ConfigRefused, match="not up to date"):
+        cluster.step("n1", Reconfigure(members("n1 n2")))
+
+
+def test_reads_that_wait_for_a_voter_that_is_removed_are_answered() -> None:
+    cluster = Cluster(2)
+    cluster.elect("n2")
+    cluster.crash("n1")
+    assert cluster.step("n2", Read(7)) != []
+    cluster.step("n2", Reconfigure(members("n2")))
+    cluster.stabilize()
+    cluster.now += 0.1
+    answers = [effect for effect in cluster.step("n2", Tick()) if isinstance(effect, ReadReady)]
+    assert [answer.context for answer in answers] == [7]
+
+
+def test_a_first_round_of_catching_up_is_not_over_before_anything_was_held() -> None:
+    """Ongaro §4.2.1: a round is over when all that the log held at its beginning is held."""
+    cluster = Cluster(1, strangers=1)
+    cluster.elect("n1")
+    cluster.step("n1", Propose((b"x",) * 1000))
+    cluster.stabilize()
+    cluster.nodes["n2"].disk_hangs = True
+    cluster.step("n1", Reconfigure(members("n1", "n2")))
+    cluster.run_to(cluster.now + 0.5)
+    learner = cluster.nodes["n1"].replica.progress[voter("n2")]
+    assert learner.match == 0
+    assert learner.round_seconds == float("inf")
+
+
+def test_a_configuration_that_is_none_is_dropped_before_anything_changes() -> None:
+    """A peer's nonsense is not our crash."""
+    cluster = Cluster(3)
+    cluster.preset("n1", [1, 1])
+    replica = cluster.nodes["n1"].replica
+    nonsense = Append(Term(2), Index(1), Term(1), ((2, 1, b"\xff no configuration"),), Index(0), 1, ())
+    cluster.receive("n1", "n3", nonsense)
+    cluster.stabilize()
+    assert [e.term for e in cluster.log("n1")] == [1, 1]
+    assert replica.dropped == 1

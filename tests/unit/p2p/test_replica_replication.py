@@ -1,0 +1,123 @@
+"""What a leader sends its followers, and what it makes of their answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2p.effects import Effect, ReadReady
+from p2p.ids import Index, Term
+from p2p.journal.progress import PROBE, REPLICATE
+from p2p.messages import Append, AppendReply, BadMessage, decode, encode
+from p2p.replica import Propose, Read, Received, Unreachable
+from tests.unit.p2p.interaction import Cluster, voter
+
+
+def appends(cluster: Cluster, sender: str, to: str) -> list[Append]:
+    """What is on the wire, without the heartbeats."""
+    return [m for m in cluster.wire.get((sender, to), ()) if isinstance(m, Append) and m.entries]
+
+
+def long_log(entries: int = 6_000) -> Cluster:
+    """Three voters that all hold a long log; n3 has compacted its beginning, and leads anew."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    while cluster.nodes["n3"].replica.journal.last_index < entries:
+        cluster.step("n3", Propose((b"x",) * 500))
+        cluster.stabilize()
+    cluster.run_to(cluster.now + 0.3)
+    cluster.compact("n3", 1_000)
+    return cluster
+
+
+def test_a_new_leader_goes_on_where_a_silent_follower_was() -> None:
+    """It knows nothing of a follower yet, so it looks from the end of its log backwards; that the first probe got no
+    answer tells nothing about where to look."""
+    cluster = long_log()
+    cluster.crash("n1")
+    cluster.crash("n3")
+    cluster.restart("n3")
+    cluster.elect("n3")
+    p = cluster.nodes["n3"].replica.progress[voter("n1")]
+    probed_at = p.next
+    cluster.run_to(cluster.now + 3)
+    assert (p.state, p.next) == (PROBE, probed_at)
+    cluster.step("n3", Unreachable(voter("n1")))
+    assert (p.state, p.next) == (PROBE, probed_at)
+    offers: list[str] = []
+    cluster.say = lambda line: offers.append(line) if "snapshot" in line else None
+    cluster.restart("n1")
+    cluster.run_to(cluster.now + 2)
+    assert p.state == REPLICATE
+    assert offers == []
+    assert cluster.log("n1") == cluster.log("n2")
+
+
+def test_a_heartbeats_answer_does_not_end_the_search_for_a_match() -> None:
+    """While the entries of a probe are read from the disk, nothing is under way; a heartbeat behind entry 0 is never
+    refused, and says nothing about the rest of the log."""
+    cluster = long_log()
+    cluster.step("n3", Propose((b"y",) * 100))
+    cluster.stabilize()  # n1 holds them, but has not heard that they are committed
+    cluster.crash("n1")
+    cluster.step("n3", Propose((b"z",)))
+    cluster.stabilize()
+    cluster.crash("n3")
+    cluster.restart("n3")
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.8)
+    cluster.nodes["n3"].chores_wait = True
+    cluster.restart("n1")
+    cluster.run_to(cluster.now + 0.7)
+    leader = cluster.nodes["n3"].replica
+    p = leader.progress[voter("n1")]
+    assert p.fetching
+    assert (p.state, p.match, p.next) == (PROBE, 6_001, 6_102)
+    cluster.nodes["n3"].chores_wait = False
+    cluster.run_to(cluster.now + 1)
+    assert p.state == REPLICATE
+    assert p.match == leader.journal.last_index
+
+
+def test_one_refusal_of_many_is_enough() -> None:
+    """Of four batches under way the first is lost: three refusals come back, and one probe goes out."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    for _ in range(4):
+        cluster.step("n3", Propose((b"x",)))
+    assert len(appends(cluster, "n3", "n1")) == 4
+    cluster.wire["n3", "n1"].popleft()
+    cluster.deliver("n3", "n1")
+    cluster.sync("n1")
+    refusals = [m for m in cluster.wire["n1", "n3"] if isinstance(m, AppendReply) and not m.ok]
+    assert len(refusals) == 3
+    cluster.deliver("n1", "n3")
+    assert len(appends(cluster, "n3", "n1")) == 1
+    cluster.stabilize()
+    assert cluster.log("n1") == cluster.log("n3")
+
+
+def test_what_a_voter_says_that_has_lost_its_disk_confirms_no_read() -> None:
+    """PROTOCOL §2.10: it may have forgotten a vote for a later leader, too."""
+    cluster = Cluster(5)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    leader = cluster.nodes["n3"].replica
+    cluster.step("n3", Read(7))
+    forgetful = AppendReply(Term(1), False, Index(0), Term(0), Index(1), Index(0), leader._round, 0, True)
+    cluster.step("n3", Received(voter("n1"), forgetful))
+    assert leader.progress[voter("n1")].regressed
+    faithful = forgetful._replace(ok=True, match=Index(1), last_index=Index(1))
+    assert not reads_answered(cluster.step("n3", Received(voter("n2"), faithful)))
+    assert reads_answered(cluster.step("n3", Received(voter("n4"), faithful))) == [7]
+
+
+def reads_answered(effects: list[Effect]) -> list[int]:
+    return [effect.context for effect in effects if isinstance(effect, ReadReady)]
+
+
+def test_entries_that_go_back_in_term_are_dropped_before_anything_changes() -> None:
+    """A log's terms never fall (Raft §5.3): such an Append is no leader's, and it is not our crash."""
+    for entries in [((2, 0, b""), (1, 0, b"")), ((4, 0, b""),), ((0, 0, b""),)]:
+        with pytest.raises(BadMessage, match="term"):
+            decode(encode(Append(Term(3), Index(1), Term(1), entries, Index(0), 1, ())))
