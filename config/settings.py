@@ -14,7 +14,7 @@ import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -23,8 +23,18 @@ DEFAULT_PORT = 8770
 ROOT = Path(__file__).resolve().parent.parent
 NODE_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 
-# Flags of the contract that mean nothing to a node alone: refused by name, for ignoring one would be worse.
-LATER_FLAGS = ("--peers", "--voter", "--no-voter", "--priority", "--tls-cert", "--tls-key", "--tls-ca")
+ADDRESS = re.compile(r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
+MAX_PEERS = 64
+
+# Flags of the contract that this version does not know: refused by name, for ignoring one would be worse.
+LATER_FLAGS = ("--tls-cert", "--tls-key", "--tls-ca")
+
+
+# Flags that are settings of the same name.
+FLAGS = (
+    "node_id", "host", "port", "advertise", "peers", "voter", "priority", "adopt", "data_dir", "log_dir", "journal",
+    "resources", "worker",
+)  # fmt: skip
 
 
 class SettingsError(Exception):
@@ -103,13 +113,37 @@ class HealthSettings(Section):
     idle_seconds: float = Field(1800, gt=0, description="since the last completion, with work pending")
 
 
+class ClusterSettings(Section):
+    """How a cluster keeps itself (PROTOCOL §1, Timers; docs/runbooks/P2P_LEADER_FAILOVER.md)."""
+
+    voter_target: int = Field(3, ge=1, le=7, description="voters the autopilot keeps; 1, 3, 5 or 7 make sense")
+    profile: Literal["lan", "wan"] = Field("lan", description="wan: members more than 60 ms apart")
+    preempt: bool = Field(True, description="a voter of higher priority gets the leadership back once it is steady")
+    preempt_after_seconds: float = Field(30, ge=1, description="how long it must have been well; doubles each time")
+    steady_seconds: float = Field(30, ge=0, description="how long a member must have been well to become a voter")
+    young_steady_seconds: float = Field(5, ge=0, description="the same, while there are fewer voters than voter_target")
+    replace_dead_after_seconds: float = Field(600, ge=5, description="a dead voter is replaced after this")
+    max_clock_skew_seconds: float = Field(30, gt=0, description="whose clock is further off is refused at join")
+
+    @field_validator("voter_target")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"must be odd: {value} voters survive no more failures than {value - 1}")
+        return value
+
+
 class Settings(Section):
     """One node. Made by `load`; nothing else reads the environment for settings."""
 
     node_id: str
     host: str
     port: int = Field(DEFAULT_PORT, ge=0, le=65535)
-    advertise: str | None = None
+    advertise: str | None = Field(None, description="what peers dial; 'none': this node dials, nobody dials it")
+    peers: tuple[str, ...] = Field((), description="addresses of live members to join through")
+    voter: bool | None = Field(None, description="true: asks to vote; false: never votes; null: the autopilot decides")
+    priority: int = Field(0, ge=-1_000, le=1_000, description="bully priority; the higher leads")
+    adopt: bool = Field(False, description="this start may use a copied data directory, under a new disk id")
     data_dir: Path
     log_dir: Path = Path("logs")
     journal: str = "raft:"
@@ -118,6 +152,7 @@ class Settings(Section):
     worker: bool = True
     auth_token: SecretStr | None = Field(None, repr=False)
     start_wait_seconds: float = Field(30, ge=0, description="how long a start waits for its predecessor to end")
+    cluster: ClusterSettings = ClusterSettings()
     queue: QueueSettings = QueueSettings()
     work: WorkerSettings = WorkerSettings()
     reaper: ReaperSettings = ReaperSettings()
@@ -134,9 +169,21 @@ class Settings(Section):
     @field_validator("advertise")
     @classmethod
     def _host_and_port(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):\d{1,5}", value):
-            raise ValueError(f"must be HOST:PORT, such as gpu-07.example.org:8770, not {value!r}")
+        if value is not None and value != "none" and not is_address(value):
+            raise ValueError(f"must be HOST:PORT, such as gpu-07.example.org:8770, or none, not {value!r}")
         return value
+
+    @field_validator("peers", mode="before")
+    @classmethod
+    def _many_peers(cls, value: Any) -> Any:
+        peers = tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if isinstance(peers, list | tuple):
+            wrong = next((peer for peer in peers if not isinstance(peer, str) or not is_address(peer)), None)
+            if wrong is not None:
+                raise ValueError(f"must be HOST:PORT,HOST:PORT,…; {wrong!r} is not HOST:PORT")
+            if len(peers) > MAX_PEERS:
+                raise ValueError(f"names at most {MAX_PEERS} members; any live one is enough to join through")
+        return peers
 
     @field_validator("journal")
     @classmethod
@@ -144,6 +191,12 @@ class Settings(Section):
         if value != "raft:":
             raise ValueError("this version has the journal 'raft:' only")
         return value
+
+    @model_validator(mode="after")
+    def _outbound_only_joins(self) -> Settings:
+        if self.advertise == "none" and not self.peers:
+            raise ValueError("advertise: a node that nobody can dial needs --peers to dial")
+        return self
 
     @model_validator(mode="after")
     def _open_only_with_token(self) -> Settings:
@@ -154,6 +207,12 @@ class Settings(Section):
         if self.auth_token is not None and len(self.auth_token.get_secret_value()) < 16:
             raise ValueError("the auth token must have at least 16 characters")
         return self
+
+
+def is_address(text: str) -> bool:
+    """Whether this is HOST:PORT."""
+    match = ADDRESS.fullmatch(text)
+    return match is not None and 0 < int(match[2]) < 65_536
 
 
 def is_loopback(host: str) -> bool:
@@ -173,7 +232,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--node-id", help="stable identity (P2P_NODE_ID; default: the hostname)")
     flags.add_argument("--host", help="listen address (default: 127.0.0.1 without a token, 0.0.0.0 with one)")
     flags.add_argument("--port", type=int, help=f"listen port (default {DEFAULT_PORT}; 0 = any free one)")
-    flags.add_argument("--advertise", metavar="HOST:PORT", help="the address by which others reach this node")
+    flags.add_argument(
+        "--advertise", metavar="HOST:PORT", help="what peers dial; none = nobody can dial this node, it dials them"
+    )
+    flags.add_argument("--peers", metavar="H:P,H:P", help="any live members to join through")
+    flags.add_argument("--voter", action="store_true", dest="voter", default=None, help="ask to be a voter")
+    flags.add_argument("--no-voter", action="store_false", dest="voter", default=None, help="never be a voter")
+    flags.add_argument("--priority", type=int, help="bully priority; the higher leads (default 0)")
+    flags.add_argument("--adopt", action="store_true", default=None, help="use a copied data directory, as a new disk")
     flags.add_argument("--data-dir", type=Path, help="journal, queue and job folders (default data/<node-id>)")
     flags.add_argument("--log-dir", type=Path, help="coordination.log and work_queue.log (default logs)")
     flags.add_argument("--config", type=Path, help="cluster.yaml (default config/cluster.yaml if there is one)")
@@ -192,14 +258,14 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     for argument in arguments:
         if argument.partition("=")[0] in LATER_FLAGS:
             raise SettingsError(
-                f"{argument.partition('=')[0]}: this version runs one node; clusters come with the next"
+                f"{argument.partition('=')[0]}: this version has no TLS of its own; use a tunnel or VPN"
             )
     flags = parser().parse_args(arguments)
     values = _from_file(_config_file(flags.config))
     for key, variable in (("node_id", "P2P_NODE_ID"),):
         if env.get(variable):
             values[key] = env[variable]
-    for key in ("node_id", "host", "port", "advertise", "data_dir", "log_dir", "journal", "resources", "worker"):
+    for key in FLAGS:
         if getattr(flags, key) is not None:
             values[key] = getattr(flags, key)
     if flags.jobs_file is not None:

@@ -2,7 +2,8 @@
 
 Decides who waits and what is proposed; the queue's rules are `queue_state`, the choice of jobs is `placement`, the
 bookkeeping of silence is `leases`. Everything it knows that is not in the queue is soft: a new leader's dispatcher
-starts from `begin_term` with a full lease of grace for every attempt.
+starts from `begin_term` with a full lease of grace for every attempt, and knows nothing more after `end_term`. Between
+the two it is closed: whatever would propose or place is refused with 503, definitely not done.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Dispatcher:
         bus: EventBus,
         lease_ms: int = 30_000,
         max_unfinished: int = 2_000_000,
+        translate: Callable[[Exception], Exception] = lambda error: error,
     ) -> None:
         self._journal, self._state, self._read = journal, state, read
         self.kinds, self._clock, self._bus = kinds, clock, bus
@@ -90,6 +92,9 @@ class Dispatcher:
         self.rooms: dict[str, Room] = {}
         self.disk_low = False  # kept by the health loop; submits get 507 while it is set
         self._max_unfinished = max_unfinished
+        self._translate = translate  # the journal's errors in the words of `coordination.errors`
+        self.leads = False
+        self._unsubscribe: Callable[[], None] = lambda: None
         self._reserved: set[int] = set()
         self._deciding = asyncio.Lock()
         self._parked: dict[asyncio.Future[None], str] = {}  # -> the worker whose claim it is
@@ -99,10 +104,11 @@ class Dispatcher:
         self._began_at = clock.mono_ms()
 
     async def begin_term(self) -> None:
-        """Takes up the attempts in progress, each with a full lease from now, then listens to the queue."""
+        """Opens: takes up the attempts in progress, each with a full lease from now, and listens to the queue."""
+        self.end_term()
         self._loop = asyncio.get_running_loop()
         self._steady_offset = self._clock.now_ms() - self._clock.mono_ms()
-        self._bus.subscribe(self.on_events)
+        self._unsubscribe = self._bus.subscribe(self.on_events)
         rows = await self.ask(lambda reader: reader.held())
         now = self._began_at = self._clock.mono_ms()
         grace_until_ms = self._clock.now_ms() + self.leases.lease_ms
@@ -123,11 +129,28 @@ class Dispatcher:
                 grace_until_ms=grace_until_ms,
             )
             self.leases.grant(held)
+        self.leads = True
+
+    def end_term(self) -> None:
+        """Closes: this node does not lead (any more). What it knew beside the queue is another's business now."""
+        self.leads = False
+        self._unsubscribe()
+        self._unsubscribe = lambda: None
+        self.leases = LeaseTable(lease_ms=self.leases.lease_ms)
+        self.rooms.clear()
+        self._reserved.clear()
+        self.wake_parked()
+
+    def check_leads(self) -> None:
+        """Raises Refused (503) unless this node leads and has taken up its term."""
+        if not self.leads:
+            raise Refused(503, "this node does not lead; nothing was done")
 
     # -- the journal -------------------------------------------------------------------------------------------
 
     async def propose(self, command: Command) -> Any:
         """The state machine's answer; a Refused answer is raised. Raises OutcomeUnknown if none came in time."""
+        self.check_leads()
         future = self._journal.propose(c.encode(command))
         try:
             # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the answer.
@@ -137,6 +160,8 @@ class Dispatcher:
             if future.cancelled():
                 raise Refused(503, "the journal is too slow; nothing was done") from None
             raise OutcomeUnknown("no answer from the journal in time; ask again by the idempotency key") from None
+        except Exception as error:
+            raise self._translate(error) from error
         if isinstance(result, Refused):
             raise result
         return result
@@ -161,6 +186,7 @@ class Dispatcher:
 
     async def submit(self, bodies: AsyncIterable[Any] | Iterable[Any], *, batch: bool, key: str, digest: str) -> Any:
         """Validates and queues jobs, all or none: ``{"ids", "created"}``. Raises InvalidInput or Refused."""
+        self.check_leads()
         if self.disk_low:
             raise Refused(507, "the disk is nearly full; submits wait, running work goes on")
         submission = Submission(self.kinds, self._clock.now_ms(), batch=batch)
@@ -186,6 +212,7 @@ class Dispatcher:
 
     def make_room(self, room: Room) -> None:
         """A worker's room has changed; its parked claim looks again. Raises Refused (429) for one worker too many."""
+        self.check_leads()
         worker = room.free.node
         if worker not in self.rooms and len(self.rooms) >= MAX_WORKERS:
             raise Refused(429, f"{MAX_WORKERS} workers are known already; clear the inactive ones")
@@ -202,6 +229,7 @@ class Dispatcher:
         """
         deadline = self._clock.mono_ms() + int(wait_seconds * 1000)
         while True:
+            self.check_leads()
             if gone():
                 return [], []  # before anything is placed: an attempt that nobody was told of is a line in its history
             self._heard(worker)
@@ -286,6 +314,7 @@ class Dispatcher:
         `first` marks a worker's first word after a start: the list is then all it has, and what the books say it
         holds beyond that was claimed by its former self and never reached a process: it goes back, unspent.
         """
+        self.check_leads()
         now = self._clock.mono_ms()
         self._heard(worker)
         stale, cancel = self.leases.renew(worker, [beat.signs for beat in beats], now)
@@ -318,6 +347,7 @@ class Dispatcher:
     async def describe(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
         """For a worker that has restarted: its attempts as it was told of them when it claimed them. Those that are
         no longer the newest of their job are left out."""
+        self.check_leads()
 
         def read(reader: QueueReader) -> list[dict[str, Any] | None]:
             return [reader.job(job, history=False) for job, _ in keys]

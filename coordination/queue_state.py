@@ -100,6 +100,7 @@ class QueueState:
 
     def __init__(self, path: str) -> None:
         """Opens or creates the database file at `path`."""
+        self._path = path
         self._db = apsw.Connection(path)
         self._db.set_busy_timeout(100)  # for a checkpoint beside a reader; nobody else writes
         self._run = self._db.execute
@@ -254,6 +255,12 @@ class QueueState:
             return self._durable_index
         self._durable_index = self.applied_index
         return self._durable_index
+
+    def replace(self, install: Callable[[], None]) -> None:
+        """Closes the file, has `install` put a leader's snapshot in its place, and opens that."""
+        self._db.close()
+        install()
+        self.__init__(self._path)  # type: ignore[misc]  # whoever holds this object goes on holding the queue
 
     def close(self) -> None:
         """Checkpoints and closes."""

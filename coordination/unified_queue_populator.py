@@ -37,6 +37,11 @@ class Populator:
         self._added: list[tuple[int, int]] = []  # (unix ms, jobs), of the last hour
         self._why: dict[str, str] = {}
 
+    @property
+    def leads(self) -> bool:
+        """Only the leader fills the queue."""
+        return self._desk.leads
+
     async def populate(self, *, force: bool = False) -> int:
         """Adds what is lacking; how many. Raises what submitting raises. One at a time, whoever asks: two that count
         before either adds would fill the queue twice."""

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _run(settings: Settings) -> None:
     def ready(node: Node) -> None:
         log.info(
-            "node %s (version %s) leads a cluster of one, listening on %s:%d; curl %s/status",
+            "node %s (version %s) listens on %s:%d; curl %s/status",
             settings.node_id,
             version(),
             settings.host,

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 
 from coordination.queue_reads import QueueReader
-from p2p.driver import Progress
+from p2p.driver import View
 
 
 class Ask(Protocol):
@@ -23,8 +23,8 @@ class Ask(Protocol):
 class Collector:
     """Reads the queue's sums at each scrape; keeps no figure of its own."""
 
-    def __init__(self, read: Ask, progress: Callable[[], Progress], loops: Callable[[], dict[str, Any]]) -> None:
-        self._read, self._progress, self._loops = read, progress, loops
+    def __init__(self, read: Ask, view: Callable[[], View], loops: Callable[[], dict[str, Any]]) -> None:
+        self._read, self._view, self._loops = read, view, loops
 
     def collect(self) -> Iterator[Metric]:
         """Called by prometheus_client, in a thread."""
@@ -42,10 +42,10 @@ class Collector:
         yield ends
         age = max(time.time() - oldest / 1000, 0.0) if oldest is not None else 0.0
         yield GaugeMetricFamily("p2p_oldest_pending_seconds", "Age of the oldest pending job", value=age)
-        progress = self._progress()
-        yield GaugeMetricFamily("p2p_journal_term", "Term of this node", value=progress.term)
-        yield GaugeMetricFamily("p2p_journal_commit_index", "Last committed entry", value=progress.commit_index)
-        yield GaugeMetricFamily("p2p_journal_applied_index", "Last applied entry", value=progress.applied_index)
+        view = self._view()
+        yield GaugeMetricFamily("p2p_journal_term", "Term of this node", value=view.term)
+        yield GaugeMetricFamily("p2p_journal_commit_index", "Last committed entry", value=view.commit_index)
+        yield GaugeMetricFamily("p2p_journal_applied_index", "Last applied entry", value=view.applied_index)
         runs = CounterMetricFamily("p2p_loop_runs", "Turns of a background loop", labels=("loop",))
         errors = CounterMetricFamily("p2p_loop_errors", "Failed turns of a background loop", labels=("loop",))
         for name, loop in self._loops().items():
@@ -55,9 +55,9 @@ class Collector:
         yield errors
 
 
-def exposition(read: Ask, progress: Callable[[], Progress], loops: Callable[[], dict[str, Any]]) -> Callable[[], bytes]:
+def exposition(read: Ask, view: Callable[[], View], loops: Callable[[], dict[str, Any]]) -> Callable[[], bytes]:
     """A function that answers the whole page; it blocks, so it runs in a thread."""
     registry = CollectorRegistry()
-    registry.register(Collector(read, progress, loops))
+    registry.register(Collector(read, view, loops))
     ProcessCollector(registry=registry)
     return lambda: generate_latest(registry)

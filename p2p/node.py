@@ -1,7 +1,8 @@
 """The composition root: builds every part of a node, starts them in order, stops them in the reverse order.
 
-Start: lock the data directory, open the journal and the state (restoring a snapshot if the state is damaged), begin a
-term, take up leases, listen, start the loops. Stop (SIGTERM, SIGINT): loops first, then the listener, then the
+Start: lock the data directory, open the journal and the state (restoring a snapshot if the state is damaged), listen,
+join or found a cluster, start the loops. Whenever this node is elected it takes up the leases and opens the desk; when
+it is deposed it closes it. Stop (SIGTERM, SIGINT): hand the leadership over, then stop the loops, the listener and the
 journal; jobs go on under the runner and are taken up by the next start.
 """
 
@@ -11,13 +12,18 @@ import asyncio
 import errno
 import fcntl
 import gc
+import hashlib
+import json
 import logging
 import os
+import random
+import secrets
 import signal
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -31,6 +37,7 @@ from coordination.clock import SystemClock
 from coordination.daemon_manager import Supervisor
 from coordination.daemon_types import DaemonType
 from coordination.dispatcher import Dispatcher
+from coordination.errors import OutcomeUnknown, Refused
 from coordination.event_log import EventLog
 from coordination.events import Event, EventBus
 from coordination.events import EventType as E
@@ -42,16 +49,24 @@ from coordination.unified_queue_populator import Populator
 from p2p.api import app as api
 from p2p.api.context import Context
 from p2p.api.listener import listen
-from p2p.driver import Driver, die
-from p2p.ids import Index, NodeId
+from p2p.cluster import Callbacks, Cluster
+from p2p.driver import Driver, NotLeader, Stopped, Unknown, boot_seconds, die
+from p2p.election.rank import WAN, Timers
+from p2p.ids import Index, NodeId, node_of
 from p2p.journal import snapshot
+from p2p.journal.log import LogStart
+from p2p.leadership import Leadership
 from p2p.loops.base import Loop
+from p2p.loops.desk import DeskOfTheLeader
 from p2p.loops.health_loops import HealthMonitorLoop
 from p2p.loops.job_loops import JobReaperConfig, JobReaperLoop, WorkerPullLoop
 from p2p.loops.queue_loops import QueueMaintenanceLoop, QueuePopulatorLoop
+from p2p.membership.member import Member, State
 from p2p.metrics import exposition
+from p2p.peers import Peers
 from p2p.replica import Replica
 from p2p.resources import Resources, detect
+from p2p.storage import CopiedStore, Loaded
 from p2p.storage.disk import DiskLog
 from p2p.workplace import Workplace, attempt_folder
 
@@ -60,6 +75,7 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 0.2
 SAY_EVERY_SECONDS = 5.0
+STALE_SECONDS = 3.0  # a copy that has not heard its leader for so long has none
 SUSPECT = "state.suspect"  # left by a run that found the state damaged: the next start restores it
 
 
@@ -79,6 +95,16 @@ def version() -> str:
         return "0.0.0+source"
 
 
+def _in_words_of_the_queue(error: Exception) -> Exception:
+    """The journal's errors as callers of the queue know them."""
+    match error:
+        case NotLeader() | Stopped():
+            return Refused(503, f"{error}; nothing was done")
+        case Unknown():
+            return OutcomeUnknown(f"{error}; ask again by the idempotency key")
+    return error
+
+
 class Node:
     """One node, from start to stop. `run` is all a caller needs; tests use `start` and `stop`."""
 
@@ -91,6 +117,8 @@ class Node:
         self.port = settings.port
         self.draining = False
         self._stop = asyncio.Event()
+        self.resources: Resources | None = None
+        self._opened = asyncio.Event()  # the desk has been open at least once
         self._undo: list[Callable[[], Any]] = []
         self._lock: IO[str] | None = None
         self._reading: ThreadPoolExecutor | None = None
@@ -129,8 +157,24 @@ class Node:
         self._undo.append(event_log.close)
         self.bus.subscribe(event_log.on_events)
         kinds = Kinds.load(settings.jobs_file)
-        state, self.driver = await asyncio.to_thread(self._open_journal)
-        elected = self.driver.start()
+        self.leadership = Leadership()
+        self.peers = Peers(settings.auth_token.get_secret_value() if settings.auth_token else None)
+        await self.peers.start()
+        self._undo.append(self.peers.stop)
+        store, loaded, state = await asyncio.to_thread(self._open_stores)
+        self.cluster = Cluster(
+            settings,
+            loaded.identity,
+            port=self.port,
+            peers=self.peers,
+            leadership=self.leadership,
+            bus=self.bus,
+            clock=self.clock,
+            version=version(),
+            callbacks=Callbacks(self._office, self._meta, self._capabilities, self._cannot_go_on),
+        )
+        self.driver = self._make_driver(store, loaded, state)
+        self.driver.start()
         self._undo.append(lambda: asyncio.to_thread(self.driver.stop))
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reader")
         reader = await asyncio.wrap_future(self._reading.submit(QueueReader, str(self._state_path)))
@@ -145,12 +189,19 @@ class Node:
             bus=self.bus,
             lease_ms=round(settings.queue.lease_seconds * 1000),
             max_unfinished=settings.queue.max_unfinished,
+            translate=_in_words_of_the_queue,
         )
-        await self._lead(elected)
         self._build_work()
-        await self._listen(listener)
         if settings.worker:
-            await self._open_workplace()
+            self.resources = await asyncio.to_thread(detect, settings.data_dir, settings.resources)
+        await self._listen(listener)
+        await self.cluster.start(self.driver)
+        self._undo.append(self.cluster.stop)
+        self._undo.append(self.cluster.resign)
+        if not settings.peers:
+            await self._first_office()
+        if settings.worker:
+            self._open_workplace()
         self.supervisor.start_all()
         self._undo.append(self.supervisor.stop_all)
         live.set_live(live.LiveBackend(self.operations))
@@ -235,11 +286,15 @@ class Node:
     def _state_path(self) -> Path:
         return self.settings.data_dir / "state.db"
 
-    def _open_journal(self) -> tuple[QueueState, Driver]:
+    def _open_stores(self) -> tuple[DiskLog, Loaded, QueueState]:
         """Opens raft.db and state.db, restoring the state from a snapshot if it is damaged or gone. Blocks."""
         data, node = self.settings.data_dir, NodeId(self.settings.node_id)
         snapshots = data / "snapshots"
-        store = DiskLog(data / "raft.db", node)
+        store = self._open_log(data / "raft.db", node)
+        installed = snapshot.resume_install(snapshots, self._state_path)
+        if installed is not None:  # the last run ended in the middle of it
+            store.reset(installed.index, installed.term, installed.chain, installed.config)
+            snapshot.installed(snapshot.marker_in(snapshots))
         state = self._open_state(snapshots)
         loaded = store.load(applied=Index(state.applied_index))
         if state.applied_index + 1 < loaded.first:
@@ -249,17 +304,54 @@ class Node:
             )
         if loaded.torn:
             log.warning("the last journal entry was torn by a crash; it was never acknowledged and is cut off")
-        replica = Replica(node, loaded.hard_state, last=loaded.last, applied=Index(state.applied_index))
-        driver = Driver(
+        return store, loaded, state
+
+    def _open_log(self, path: Path, node: NodeId) -> DiskLog:
+        """The store, unless it is a copy of one that votes elsewhere. A copy of the only voter there is may go on: a
+        backup is restored that way, and there is nobody to be confused. `--adopt` makes any copy a new disk."""
+        try:
+            return DiskLog(path, node)
+        except CopiedStore as error:
+            if self.settings.adopt:
+                return DiskLog(path, node, adopt=True)
+            if not error.alone:
+                raise
+            log.warning("%s has been copied or moved; it goes on as the only voter of its cluster", path)
+            return DiskLog(path, node, check_copy=False)
+
+    def _make_driver(self, store: DiskLog, loaded: Loaded, state: QueueState) -> Driver:
+        policy = self.settings.cluster
+        timers = WAN if policy.profile == "wan" else Timers()
+        timers = replace(timers, preempt_steady=policy.preempt_after_seconds if policy.preempt else float("inf"))
+        replica = Replica(
+            loaded.identity.voter,
+            loaded.hard_state,
+            LogStart(
+                base=loaded.base,
+                base_term=loaded.base_term,
+                base_config=loaded.base_config,
+                last=loaded.last,
+                runs=loaded.runs,
+                configs=loaded.configs,
+            ),
+            applied=Index(state.applied_index),
+            now=boot_seconds(),
+            draw=random.Random(secrets.randbits(64)).random,  # noqa: S311 - jitter, not secrets
+            timers=timers,
+            priority=self.settings.priority,
+        )
+        return Driver(
             replica,
             store,
             state,
             on_events=self.bus.publish,
+            send=self.cluster.send,
+            on_role=self.cluster.role_changed,
+            download=self.cluster.download,
             state_path=self._state_path,
-            snapshots=snapshots,
+            snapshots=self.cluster.snapshots,
             on_fatal=self._fatal,
         )
-        return state, driver
 
     def _open_state(self, snapshots: Path) -> QueueState:
         suspect = self.settings.data_dir / SUSPECT
@@ -300,14 +392,37 @@ class Node:
         self._reading.submit(reader.close).result()
         self._reading.shutdown()
 
-    async def _lead(self, elected: Future[Any]) -> None:
-        """Waits until the term's no-op is applied, however much is to be replayed, then takes up the leases."""
-        while not (await asyncio.wait([asyncio.wrap_future(elected)], timeout=SAY_EVERY_SECONDS))[0]:
-            progress = self.driver.progress()
-            log.info("replaying the journal: entry %d of %d", progress.applied_index, progress.commit_index)
+    async def _office(self, on: bool) -> None:
+        """Opens the desk once everything that was ever acknowledged is applied here, however much is to be replayed;
+        closes it when this node leads no more."""
+        if not on:
+            self.desk.end_term()
+            return
+        try:
+            caught_up = asyncio.wrap_future(self.driver.read_index())
+            while not (await asyncio.wait([caught_up], timeout=SAY_EVERY_SECONDS))[0]:
+                view = self.driver.view
+                log.info("replaying the journal: entry %d of %d", view.applied_index, view.commit_index)
+            caught_up.result()
+        except (NotLeader, Stopped):
+            return  # deposed meanwhile: the next change says what is to be done
         await self.desk.begin_term()
-        term = self.driver.progress().term
-        self.bus.publish([Event(E.LEADER_ELECTED, self.clock.now_ms(), {"node": self.settings.node_id, "term": term})])
+        self._opened.set()
+
+    async def _first_office(self) -> None:
+        """A node that needs nobody is ready once it leads; one with other voters does not wait for them."""
+        while self.cluster.needs_nobody() and not self._opened.is_set():
+            try:
+                async with asyncio.timeout(RETRY_SECONDS):
+                    await self._opened.wait()
+            except TimeoutError:
+                if self._stop.is_set():
+                    raise ToldToStop from None
+
+    def _cannot_go_on(self, why: str) -> None:
+        """The cluster has no place for this node."""
+        log.critical("stopping: %s", why)
+        self.request_stop()
 
     def _build_work(self) -> None:
         settings = self.settings
@@ -341,19 +456,32 @@ class Node:
             operations=self.operations,
             dispatcher=self.desk,
             bus=self.bus,
-            progress=self.driver.progress,
+            leadership=self.leadership,
+            peers=self.peers,
+            cluster=self.cluster,
+            read_index=self._read_index,
+            view=lambda: self.driver.view,
+            applied_index=lambda: self.driver.applied_index,
             node_status=self.node_status,
             nodes=self.nodes,
-            metrics=exposition(self._read, self.driver.progress, self._loops_json),
+            metrics=exposition(self._read, lambda: self.driver.view, self._loops_json),
             attempt_folder=lambda job, attempt: attempt_folder(self.settings.data_dir / "jobs", job, attempt),
+            attempt_runs=self._attempt_runs,
             shut_down=self.request_stop,
             drain=self.drain,
         )
         self._undo.append(await listen(api.build(context), listener))
 
-    async def _open_workplace(self) -> None:
+    async def _read_index(self) -> int:
+        """Waits until a read here is linearizable. Raises Refused (503)."""
+        try:
+            return await asyncio.wrap_future(self.driver.read_index())
+        except NotLeader as error:
+            raise Refused(503, f"{error}; ask again") from None
+
+    def _open_workplace(self) -> None:
         settings = self.settings
-        self.resources = await asyncio.to_thread(detect, settings.data_dir, settings.resources)
+        assert self.resources is not None
         if self.resources.gpu_error:
             log.warning("no GPUs offered: %s", self.resources.gpu_error)
         workplace = Workplace(
@@ -366,7 +494,7 @@ class Node:
         self._add(
             DaemonType.WORKER_PULL,
             WorkerPullLoop(
-                self.desk,
+                DeskOfTheLeader(settings.node_id, self.desk, self.leadership, self.peers),
                 workplace,
                 (settings.data_dir / "runner").resolve(),
                 settings.work,
@@ -395,48 +523,95 @@ class Node:
     def _loops_json(self) -> dict[str, Any]:
         return {name: loop.as_json() for name, loop in self.loops.items()}
 
-    def _member(self) -> dict[str, Any]:
+    def _attempt_runs(self, job: str, attempt: int) -> bool:
         worker = self.loops.get(WorkerPullLoop.name)
-        running = worker.running_jobs() if isinstance(worker, WorkerPullLoop) else 0
-        resources: Resources | None = getattr(self, "resources", None)
+        if isinstance(worker, WorkerPullLoop):
+            mine = worker.workplace.jobs.get((job, attempt))
+            if mine is not None:
+                return not mine.ended
+        held = self.desk.leases.by_job.get(job)  # claimed by a worker that is no node of ours
+        return held is not None and held.attempt == attempt
+
+    def _running(self) -> int:
+        worker = self.loops.get(WorkerPullLoop.name)
+        return worker.running_jobs() if isinstance(worker, WorkerPullLoop) else 0
+
+    def _meta(self) -> dict[str, Any]:
+        """What others see of this node at a glance; what it has travels by the hash of it."""
+        resources = self._capabilities()
+        meta: dict[str, Any] = {"running_jobs": self._running(), "draining": self.draining}
+        if resources is not None:
+            meta["caps"] = hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
+            meta["zone"] = str(resources["labels"].get("zone", ""))[:60]
+        return meta
+
+    def _capabilities(self) -> dict[str, Any] | None:
+        return self.resources.as_json() if self.resources is not None else None
+
+    def _member(self, member: Member, voters: set[str]) -> dict[str, Any]:
+        node = member.node
+        mine = node == self.settings.node_id
+        role = "leader" if node == self.leadership.leader.node else "follower" if node in voters else "worker"
         return {
-            "state": "alive",
-            "address": self.settings.advertise or f"{self.settings.host}:{self.port}",
-            "role": "leader",
-            "last_seen_age": 0.0,
-            "resources": resources.as_json() if resources else None,
-            "running_jobs": running,
-            "draining": self.draining,
-            "version": version(),
+            "state": str(member.state),
+            "address": self.cluster.address if mine else member.address,
+            "role": role,
+            "last_seen_age": 0.0 if mine else self.cluster.last_seen_age(node),
+            "resources": self.cluster.capabilities_of(node),
+            "running_jobs": self._running() if mine else member.meta.get("running_jobs", 0),
+            "draining": self.draining if mine else bool(member.meta.get("draining", False)),
+            "version": member.meta.get("version"),
         }
 
     def nodes(self) -> dict[str, Any]:
         """Every member by id."""
-        return {self.settings.node_id: self._member()}
+        voters: set[str] = {
+            node_of(voter) for voter in self.driver.view.config.voters
+        } or self.cluster.voters_heard_of()
+        return {str(m.node): self._member(m, voters) for m in sorted(self.cluster.members(), key=lambda m: m.node)}
 
     def node_status(self) -> dict[str, Any]:
         """``/status`` without the queue's part."""
-        progress = self.driver.progress()
+        view, leader = self.driver.view, self.leadership.leader
+        members = self.cluster.members()
+        voters = sorted(node_of(voter) for voter in view.config.voters)
+        me = self.settings.node_id
         return {
-            "node_id": self.settings.node_id,
-            "role": "leader",
-            "leader_id": self.settings.node_id,
-            "term": progress.term,
-            "voters": [self.settings.node_id],
-            "alive_peers": 1,
-            "total_peers": 1,
+            "node_id": me,
+            "cluster_id": self.cluster.cluster or None,
+            "role": "leader" if self.desk.leads else "follower" if me in voters else "worker",
+            "leader_id": leader.node,
+            "term": max(view.term, leader.term),
+            "voters": voters,
+            "learners": sorted(node_of(voter) for voter in view.config.learners),
+            "alive_peers": sum(member.state is State.ALIVE for member in members),
+            "total_peers": len(members),
             "peers": self.nodes(),
             "uptime_seconds": time.monotonic() - self.started_at,
             "version": version(),
             "journal": {
-                "commit_index": progress.commit_index,
-                "applied_index": progress.applied_index,
-                "lag": progress.commit_index - progress.applied_index,
-                "snapshot_index": progress.snapshot_index,
+                "commit_index": view.commit_index,
+                "applied_index": view.applied_index,
+                "lag": view.commit_index - view.applied_index,
+                "snapshot_index": view.snapshot_index,
             },
             "loops": self._loops_json(),
-            "not_ready": "stopping" if self._stop.is_set() else "draining" if self.draining else None,
+            "not_ready": self._not_ready(),
         }
+
+    def _not_ready(self) -> str | None:
+        if self._stop.is_set():
+            return "stopping"
+        if self.cluster.waiting_for is not None:
+            return f"waiting: {self.cluster.waiting_for}"
+        leader = self.leadership.leader
+        if leader.node is None:
+            return "no leader"
+        if leader.node == self.settings.node_id and not self.desk.leads:
+            return "catching up"
+        if self.cluster.has_copy() and self.cluster.copy_age() > STALE_SECONDS and not self.desk.leads:
+            return "no leader"
+        return "draining" if self.draining else None
 
     async def status(self) -> dict[str, Any]:
         """The whole of ``/status``."""

@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from p2p.api import jobs, logs, node, queue, worker
+from p2p.api import admin, jobs, logs, node, peer, queue, worker
 from p2p.api.bodies import MAX_REQUEST_BYTES, check_content_type
 from p2p.api.context import CONTEXT, Context
 from p2p.api.errors import Problem, problem_of
+from p2p.api.forward import Forwarder
 from p2p.api.security import SAFE_METHODS, Gate, host_names
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -19,6 +20,7 @@ def build(context: Context) -> web.Application:
     """The application of one node."""
     settings = context.settings
     token = settings.auth_token.get_secret_value() if settings.auth_token else None
+    forwarder = Forwarder(context)
     gate = Gate(token, host_names(settings.advertise) | {settings.host})
 
     @web.middleware
@@ -29,7 +31,7 @@ def build(context: Context) -> web.Application:
             await gate.check(request)
             if request.method not in SAFE_METHODS:
                 check_content_type(request)
-            return await handler(request)
+            return await forwarder.answer(request, handler)
         except ConnectionResetError:
             raise  # the asker has hung up: there is nobody to tell
         except Exception as error:
@@ -44,7 +46,7 @@ def build(context: Context) -> web.Application:
         context.dispatcher.wake_parked()
 
     app.on_shutdown.insert(0, stop)
-    for part in (node, jobs, logs, worker, queue):
+    for part in (node, jobs, logs, worker, queue, admin, peer):
         app.add_routes(_told_our_way(route) for route in part.routes)
     return app
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from coordination.events import EventBus
 from coordination.operations import Operations
 from p2p.api.bodies import is_msgpack, query_int, query_text
 from p2p.api.errors import Problem
-from p2p.driver import Progress
+from p2p.cluster import Cluster
+from p2p.driver import View
+from p2p.leadership import Leadership
+from p2p.peers import Peers
 
 MIN_INDEX_SECONDS = 2.0
 MAX_KEY = 200
@@ -35,23 +38,39 @@ class Context:
     operations: Operations
     dispatcher: Dispatcher
     bus: EventBus
-    progress: Callable[[], Progress]
     node_status: Callable[[], dict[str, Any]]
     nodes: Callable[[], dict[str, Any]]
     metrics: Callable[[], bytes]
     attempt_folder: Callable[[str, int], Path]
+    attempt_runs: Callable[[str, int], bool]  # on this node, now
     shut_down: Callable[[], None]
     drain: Callable[[bool], None]
+    leadership: Leadership
+    peers: Peers
+    cluster: Cluster
+    read_index: Callable[[], Awaitable[int]]
+    view: Callable[[], View]
+    applied_index: Callable[[], int]
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def alone(self) -> bool:
+        """Leads a cluster of one voter: there is nobody else to ask."""
+        return self.dispatcher.leads and len(self.view().config.voters) == 1
+
+    def has_copy(self) -> bool:
+        """Whether the queue is replicated to this node."""
+        return self.cluster.has_copy()
+
     def as_of(self, consistency: str = "linearizable") -> dict[str, Any]:
-        """How fresh this node's answers are. One voter that leads is never behind itself."""
-        progress = self.progress()
+        """How fresh this node's answers are. A leader is never behind itself; a copy is as old as its last word from
+        the leader."""
+        view = self.view()
+        age = 0.0 if self.dispatcher.leads else self.cluster.copy_age()
         return {
-            "term": progress.term,
-            "index": progress.applied_index,
-            "age_seconds": 0.0,
-            "consistency": consistency,
+            "term": view.term,
+            "index": self.applied_index(),
+            "age_seconds": round(age, 3),
+            "consistency": consistency if self.dispatcher.leads else "stale",
         }
 
     async def read_point(self, request: web.Request) -> dict[str, Any]:
@@ -61,13 +80,16 @@ class Context:
         wanted = query_int(request, "min_index", least=0, most=1 << 60)
         if wanted is not None:
             deadline = time.monotonic() + MIN_INDEX_SECONDS
-            while self.progress().applied_index < wanted:
+            while self.applied_index() < wanted:
                 if time.monotonic() > deadline:
                     raise Problem(503, f"this node has not applied entry {wanted} yet", field="min_index")
                 await asyncio.sleep(0.02)
+        elif consistency == "linearizable" and self.dispatcher.leads and not self.alone():
+            await self.read_index()
         return self.as_of(consistency)
 
 
+MADE_KEY = "idempotency_key"  # of a request that came without one
 CONTEXT: web.AppKey[Context] = web.AppKey("context", Context)
 
 
@@ -110,7 +132,7 @@ def idempotency_key(request: web.Request) -> str:
     """The caller's ``Idempotency-Key``, or a new one. Raises InvalidInput."""
     keys = request.headers.getall("Idempotency-Key", [])
     if not keys:
-        return secrets.token_hex(12)
+        return str(request.get(MADE_KEY) or secrets.token_hex(12))
     if len(keys) > 1:
         raise InvalidInput("Idempotency-Key", "was given more than once")
     key = keys[0]

@@ -6,18 +6,22 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from aiohttp import web
 
 from coordination.errors import Refused
 from p2p.api.bodies import check_query, query_int, query_text
 from p2p.api.context import Context, context
+from p2p.api.relay import DIRECT, relay
+from p2p.peers import PeerRefused, PeerUnreachable
 
 routes = web.RouteTableDef()
 
 CHUNK = 64 << 10
 FOLLOW_SECONDS = 0.2
 MAX_TAIL = 1_000_000
+LOOK_UP_SECONDS = 2.0
 
 
 @routes.get("/jobs/{id}/logs")
@@ -28,18 +32,27 @@ async def logs(request: web.Request) -> web.StreamResponse:
     follow = query_text(request, "follow", ("0", "1")) == "1"
     tail = query_int(request, "tail", least=0, most=MAX_TAIL)
     asked = query_int(request, "attempt", least=1, most=1 << 31)
-    here = context(request)
-    as_of = await here.read_point(request)
-    job = await here.operations.job(request.match_info["id"])
-    if follow and asked is None and job["attempt"] == 0:
-        job = await _first_attempt(request, job)
-    attempt = asked or job["attempt"]
-    if attempt > job["attempt"]:
-        raise Refused(404, f"job {job['id']} has no attempt {attempt}; its newest is {job['attempt']}", field="attempt")
-    folder = here.attempt_folder(job["id"], attempt)
+    here, job_id = context(request), request.match_info["id"]
+    if DIRECT in request.headers and asked is not None:
+        attempt, finished = asked, not here.attempt_runs(job_id, asked)
+    else:
+        job = await find_job(here, job_id)
+        if follow and asked is None and job["attempt"] == 0:
+            job = await _first_attempt(request, job)
+        job_id, attempt, finished = job["id"], asked or job["attempt"], job["finished_at"] is not None
+        if attempt > job["attempt"]:
+            raise Refused(
+                404, f"job {job_id} has no attempt {attempt}; its newest is {job['attempt']}", field="attempt"
+            )
+        worker = _worker_of(job, attempt)
+        if worker not in (None, here.settings.node_id) and here.cluster.knows(worker):
+            query = urlencode({**request.query, "attempt": attempt})
+            return await relay(request, str(worker), f"/jobs/{quote(job_id, safe='')}/logs?{query}")
+    folder = here.attempt_folder(job_id, attempt)
     exists = attempt > 0 and await asyncio.to_thread(folder.is_dir)
-    if not exists and attempt > 0 and job["finished_at"] is not None:
-        raise Refused(404, f"the logs of attempt {attempt} of job {job['id']} are no longer kept", field="attempt")
+    if not exists and attempt > 0 and finished:
+        raise Refused(404, f"the logs of attempt {attempt} of job {job_id} are no longer kept", field="attempt")
+    as_of = here.as_of()
     response = web.StreamResponse(
         headers={
             "Content-Type": "text/plain; charset=utf-8",
@@ -55,9 +68,36 @@ async def logs(request: web.Request) -> web.StreamResponse:
         async for chunk in _chunks(reader.history(tail)):
             await response.write(chunk)
         if follow:
-            await _follow(here, request, response, reader, (job["id"], attempt))
+            await _follow(here, request, response, reader, (job_id, attempt))
     await response.write_eof()
     return response
+
+
+async def find_job(here: Context, job_id: str) -> dict[str, Any]:
+    """The job's record, from the leader, or from the copy here if there is no leader. Raises Refused (404, 503)."""
+    if not here.dispatcher.leads:
+        leader = here.leadership.leader
+        if leader.address is not None and leader.node != here.settings.node_id:
+            try:
+                path = f"/jobs/{quote(job_id, safe='')}"
+                told = await here.peers.call("GET", leader.address, path, seconds=LOOK_UP_SECONDS)
+                return dict(told)
+            except PeerRefused as error:
+                if error.status == 404:
+                    raise Refused(404, error.detail, field="id") from None
+            except PeerUnreachable:
+                pass  # from the copy, then
+        if not here.has_copy():
+            raise Refused(503, "there is no leader now, and this node has no copy of the queue")
+    return await here.operations.job(job_id)
+
+
+def _worker_of(job: dict[str, Any], attempt: int) -> str | None:
+    """The node that has, or had, this attempt; None if it is not known any more."""
+    if attempt == job["attempt"] and job["worker"] is not None:
+        return str(job["worker"])
+    rows = [row for row in job.get("history", ()) if row["attempt"] == attempt and row["worker"] is not None]
+    return str(rows[-1]["worker"]) if rows else None
 
 
 async def _first_attempt(request: web.Request, job: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +105,7 @@ async def _first_attempt(request: web.Request, job: dict[str, Any]) -> dict[str,
     here = context(request)
     while job["attempt"] == 0 and job["finished_at"] is None and _listens(here, request):
         await asyncio.sleep(FOLLOW_SECONDS)
-        job = await here.operations.job(job["id"])
+        job = await find_job(here, job["id"])
     return job
 
 
@@ -80,8 +120,7 @@ async def _follow(
     """Sends what is added until the attempt is over, the asker hangs up or the node stops."""
     job, attempt = followed
     while _listens(here, request):
-        held = here.dispatcher.leases.by_job.get(job)
-        over = held is None or held.attempt != attempt
+        over = not here.attempt_runs(job, attempt)
         async for chunk in _chunks(reader.added()):
             await response.write(chunk)
         if over:

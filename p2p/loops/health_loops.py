@@ -36,10 +36,13 @@ class HealthMonitorLoop(Loop):
         self._data_dir, self._min_free_disk_mb, self._stuck_seconds = data_dir, min_free_disk_mb, stuck_seconds
 
     async def turn(self) -> None:
-        status = await self._operations.queue_status()
         now_ms = self._desk.now_ms()
-        self._alerts.reconcile("queue", status["health"]["details"]["breaches"], now_ms)
-        self._tell_stalled(now_ms)
+        if self._desk.leads:
+            status = await self._operations.queue_status()
+            self._alerts.reconcile("queue", status["health"]["details"]["breaches"], now_ms)
+            self._tell_stalled(now_ms)
+        else:
+            self._alerts.reconcile("queue", {}, now_ms)  # the leader's to tell
         free_mb = (await asyncio.to_thread(shutil.disk_usage, self._data_dir)).free >> 20
         self._desk.disk_low = free_mb < self._min_free_disk_mb
         low = f"{free_mb} MB free under {self._data_dir}; submits get 507 below {self._min_free_disk_mb} MB"

@@ -71,6 +71,9 @@ class JobReaperLoop(Loop):
         await super().run()
 
     async def turn(self) -> None:
+        if not self._desk.leads:
+            self._listened_at = None
+            return
         listened = self._desk.mono_ms()
         if self._listened_at is not None and listened - self._listened_at >= self._deaf_ms:
             self._desk.leases.was_deaf(listened)

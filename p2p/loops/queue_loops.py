@@ -21,7 +21,7 @@ class QueuePopulatorLoop(Loop):
         self._populator = populator
 
     async def turn(self) -> None:
-        if not self._populator.enabled:
+        if not self._populator.enabled or not self._populator.leads:
             return
         try:
             self.stats["items_added"] += await self._populator.populate()
@@ -42,6 +42,8 @@ class QueueMaintenanceLoop(Loop):
         self._pruned_at = 0
 
     async def turn(self) -> None:
+        if not self._desk.leads:
+            return
         self.stats["jobs_woken"] += await self._desk.wake_due()
         now = self._desk.mono_ms()
         if now - self._pruned_at >= PRUNE_SECONDS * 1000:

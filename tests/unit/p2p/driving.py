@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from p2p.driver import Driver
-from p2p.effects import Entry, HardState
-from p2p.ids import Index, NodeId
+from p2p.driver import Driver, boot_seconds
+from p2p.effects import Config, Entry, HardState
+from p2p.ids import ClusterId, Index, NodeId
+from p2p.journal.log import LogStart
 from p2p.replica import Replica
 from p2p.storage.memory import MemoryLog
 
@@ -48,12 +49,19 @@ class WatchedLog(MemoryLog):
 
     def __init__(self, story: Story) -> None:
         super().__init__(NODE)
+        self.found(ClusterId("c"), Config((self.identity.voter,)))
         self.story, self.gate, self.closed = story, Gate(), False
         self.batches: list[int] = []
 
-    def append(self, entries: Sequence[Entry], hard_state: HardState | None, acked_floor: Index) -> None:
+    def append(
+        self,
+        entries: Sequence[Entry],
+        hard_state: HardState | None,
+        acked_floor: Index,
+        truncate: Index | None = None,
+    ) -> None:
         self.gate.passing()
-        super().append(entries, hard_state, acked_floor)
+        super().append(entries, hard_state, acked_floor, truncate)
         if entries:
             self.batches.append(len(entries))
         self.story.extend(("persisted", entry.index) for entry in entries)
@@ -88,6 +96,9 @@ class WatchedMachine:
     def checkpoint(self) -> int:
         return self.applied_index
 
+    def replace(self, install: Callable[[], None]) -> None:
+        install()
+
     def close(self) -> None:
         self.closed = True
 
@@ -103,7 +114,21 @@ class Rig:
         self.died = threading.Event()
         self.events: list[bytes] = []
         loaded = self.log.load(applied=Index(self.machine.applied_index))
-        self.replica = Replica(NODE, loaded.hard_state, last=loaded.last, applied=Index(self.machine.applied_index))
+        self.replica = Replica(
+            loaded.identity.voter,
+            loaded.hard_state,
+            LogStart(
+                base=loaded.base,
+                base_term=loaded.base_term,
+                base_config=loaded.base_config,
+                last=loaded.last,
+                runs=loaded.runs,
+                configs=loaded.configs,
+            ),
+            applied=Index(self.machine.applied_index),
+            now=boot_seconds(),
+            draw=lambda: 0.5,
+        )
         self.driver = Driver(
             self.replica,
             self.log,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from p2p.driver import MAX_BATCH_ENTRIES, MAX_UNAPPLIED_BATCHES, Overloaded, Stopped
+from p2p.driver import MAX_BATCH_ENTRIES, MAX_UNAPPLIED_BATCHES, NotLeader, Overloaded, Stopped
 from p2p.ids import Index
 from tests.nodes import wait_until
 from tests.unit.p2p.driving import SECONDS, Rig, WatchedMachine, in_thread
@@ -334,11 +334,13 @@ def test_a_driver_leads_only_when_everything_old_is_applied(make: Callable[..., 
     assert second.machine.bodies == [b"a", b"b"]
 
 
-def test_proposals_made_before_the_term_began_are_answered_in_it(make: Callable[..., Rig]) -> None:
+def test_proposals_made_before_the_term_began_are_definitely_not_done(make: Callable[..., Rig]) -> None:
     rig = make()
     early = rig.propose(b"early")
     rig.start()
-    assert early.result(SECONDS) == (2, b"early")
+    with pytest.raises(NotLeader):
+        early.result(SECONDS)
+    assert rig.proposed(b"later")[0] == (2, b"later")
 
 
 def test_the_floor_is_written_when_the_journal_falls_idle(rig: Rig) -> None:
@@ -362,10 +364,11 @@ def test_progress_is_never_ahead_of_the_truth(rig: Rig) -> None:
     seen = []
     for n in range(30):
         future = rig.propose(b"%d" % n)
-        seen.append(rig.driver.progress())
+        seen.append(rig.driver.view)
         future.result(SECONDS)
-    rig.proposed(b"last")
-    final = rig.driver.progress()
+    last, _ = rig.proposed(b"last")[0]
+    wait_until(lambda: rig.driver.view.applied_index == last)
+    final = rig.driver.view
     for earlier, later in zip(seen, [*seen[1:], final], strict=True):
         assert earlier.commit_index <= later.commit_index
         assert earlier.applied_index <= later.applied_index

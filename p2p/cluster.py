@@ -1,0 +1,812 @@
+"""A node's part in its cluster: who is there (gossip), who leads (the replica, or hearsay), who votes (autopilot), and
+how a blank node gets in (formation). One event loop owns it; the replica's thread calls `send`, `role_changed`,
+`download`.
+
+Decides nothing by itself: `p2p.membership`, `p2p.election`, `p2p.formation` and `p2p.autopilot` do. What a leader does
+with its office is the node's business: `on_office(True)` once it may answer clients, `on_office(False)` when it may
+not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from config.settings import Settings, is_address, is_loopback
+from coordination.clock import Clock
+from coordination.errors import OutcomeUnknown, Refused
+from coordination.events import Event, EventBus
+from coordination.events import EventType as E
+from p2p import autopilot, formation
+from p2p.driver import Driver, Unknown, View
+from p2p.effects import Config, RoleChanged, SnapshotMeta
+from p2p.ids import ClusterId, DiskId, NodeId, Term, VoterId, disk_of, node_of, voter_id
+from p2p.journal import snapshot
+from p2p.leadership import Leader, Leadership
+from p2p.membership.events import Conflict
+from p2p.membership.hint import LeaderHint
+from p2p.membership.member import Member, State
+from p2p.messages import Append, BadMessage, Message, decode, encode
+from p2p.peers import PeerRefused, Peers, PeerUnreachable
+from p2p.replica import ConfigRefused, NotLeader
+from p2p.storage import Identity
+from p2p.transport.gossip import Gossip
+from p2p.transport.links import Links
+from p2p.transport.tunnel import CHANNEL as TUNNEL
+from p2p.transport.tunnel import Tunnel
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROTOCOL = 1
+FORMATION_SECONDS = 0.5
+SAY_EVERY_SECONDS = 5.0
+AUTOPILOT_SECONDS = 1.0
+ASK_SECONDS = 2.0
+CHUNK = 1 << 20
+CHUNK_SECONDS = 10.0
+CHUNK_TRIES = 5
+TRANSFER_SECONDS = 2.0
+CATCH_UP_SECONDS = 60.0
+WISH = "voter.wish"  # what an operator decided about this node's vote; outlives restarts
+
+_EVENTS = {State.ALIVE: E.NODE_JOINED, State.SUSPECT: E.NODE_SUSPECT, State.DEAD: E.NODE_DEAD, State.LEFT: E.NODE_LEFT}
+
+
+class Callbacks(NamedTuple):
+    """What the node gives its cluster part. `meta` is what others see of this node at a glance."""
+
+    on_office: Callable[[bool], Coroutine[Any, Any, None]]
+    meta: Callable[[], dict[str, Any]]
+    capabilities: Callable[[], dict[str, Any] | None]
+    refused: Callable[[str], None]  # this node cannot be part of the cluster; a sentence
+
+
+class Cluster:
+    """See the module's docstring. `start` after the node listens; `stop` before it does not any more."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        identity: Identity,
+        *,
+        port: int,
+        peers: Peers,
+        leadership: Leadership,
+        bus: EventBus,
+        clock: Clock,
+        version: str,
+        callbacks: Callbacks,
+    ) -> None:
+        self.settings, self.peers, self.leadership = settings, peers, leadership
+        self._bus, self._clock, self._version, self._callbacks = bus, clock, version, callbacks
+        self.me = voter_id(identity.node, identity.disk)
+        self.cluster = identity.cluster
+        self.snapshots = settings.data_dir / "snapshots"
+        self.address = own_address(settings, port)
+        self.waiting_for: str | None = None  # why this node is in no cluster yet
+        self._token = settings.auth_token.get_secret_value() if settings.auth_token else None
+        self._port = port
+        self._boot = secrets.token_hex(8)
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._asked: dict[str, formation.Hello | str] = {}
+        self._since: dict[VoterId, tuple[State, float]] = {}
+        self._office: asyncio.Task[None] | None = None
+        self._in_office = False
+        self._wish = settings.voter if settings.voter is not None else _read_wish(settings.data_dir)
+        self.autopilot_says = "not leading"
+        self.driver: Driver | None = None
+        self.links = Links(
+            cluster=self.cluster, voter=self.me, boot=self._boot, resolve=self.address_of, token=self._token
+        )
+        self.tunnel = Tunnel(self.links, base_url=f"http://127.0.0.1:{port}", token=self._token)
+        self._book = AddressBook(settings.data_dir / "members.json")
+        self.gossip = Gossip(
+            identity.node,
+            identity.disk,
+            address=self.address,
+            boot=self._boot,
+            cluster=self.cluster,
+            meta=self._meta(),
+            token=self._token,
+            adopt=False,
+        )
+        self.links.on_receive = self._received
+        self.links.on_link = self._link_changed
+        self.gossip.on_change = self._member_changed
+        self.gossip.on_update = self._member_updated
+        self.gossip.on_hint = self._hinted
+        self.gossip.on_conflict = self._conflict
+
+    # -- start and stop --------------------------------------------------------------------------------------
+
+    async def start(self, driver: Driver) -> None:
+        """Speaks and listens from now on."""
+        self.driver = driver
+        await self.tunnel.start()
+        await self.links.start()
+        self._own(self._form(), "formation")
+        self._own(self._keep(), "autopilot")
+
+    async def stop(self) -> None:
+        for task in (*self._tasks,):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.gossip.stop()
+        await self.tunnel.stop()
+        await self.links.stop()
+
+    def _own(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work, name=f"cluster-{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s failed", task.get_name(), exc_info=task.exception())
+
+    # -- the replica's thread speaks ---------------------------------------------------------------------------
+
+    def send(self, messages: Sequence[tuple[VoterId, Message]]) -> None:
+        """Called on the replica's thread: encodes there, hands over in one piece."""
+        packed = [(to, "log" if isinstance(m, Append) and m.entries else "control", encode(m)) for to, m in messages]
+        self._soon(self._send_all, packed)
+
+    def _send_all(self, packed: list[tuple[VoterId, Any, bytes]]) -> None:
+        for to, channel, payload in packed:
+            self.links.send(to, channel, payload)
+
+    def role_changed(self, change: RoleChanged) -> None:
+        """Called on the replica's thread."""
+        self._soon(self._on_role, change)
+
+    def download(self, source: VoterId, meta: SnapshotMeta) -> Future[Path]:
+        """Called on the replica's thread."""
+        return asyncio.run_coroutine_threadsafe(self._download(source, meta), self._loop)
+
+    def _soon(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:
+            pass  # the loop has ended, and with it whoever would have been told
+
+    # -- the network speaks --------------------------------------------------------------------------------------
+
+    def _received(self, sender: VoterId, payload: bytes) -> None:
+        assert self.driver is not None
+        try:
+            self.driver.receive(sender, decode(payload))
+        except BadMessage as error:
+            log.warning("dropped a message of %s: %s", node_of(sender), error)
+
+    def _link_changed(self, node: NodeId, up: bool) -> None:
+        if not up and self.driver is not None:
+            for voter in self.driver.view.config.everyone:
+                if node_of(voter) == node:
+                    self.driver.unreachable(voter)
+
+    def links_status(self) -> dict[str, Any]:
+        """The body of ``/peer/links``."""
+        return {
+            "links": self.links.peers(),
+            "counts": dict(self.links.counts),
+            "refused": dict(self.links.refused),
+            "view": str(self.view()),
+        }
+
+    async def serve_link(self, request: web.Request) -> web.StreamResponse:
+        return await self.links.serve(request)
+
+    async def gossiped(self, body: bytes) -> bytes:
+        return await self.gossip.handle(body)
+
+    # -- who leads -------------------------------------------------------------------------------------------------
+
+    def _on_role(self, change: RoleChanged) -> None:
+        leader = node_of(change.leader) if change.leader is not None else None
+        if change.leader == self.me and not change.established:
+            return  # it may not answer anybody yet
+        if change.leader == self.me:
+            log.info("this node leads term %d: %s", change.term, change.why)
+            self.leadership.learn(Leader(change.term, node_of(self.me), self.address))
+            self.gossip.set_leader(change.term, node_of(self.me), self.address)
+            self._take_office(True)
+            self._tell(E.LEADER_ELECTED, node=str(leader), term=change.term)
+            return
+        self._take_office(False)
+        if leader is None:
+            if self.leadership.lost(change.term):
+                log.info("no leader in term %d: %s", change.term, change.why)
+                self._tell(E.LEADER_LOST, term=change.term, reason=change.why)
+        elif self.leadership.learn(Leader(change.term, leader, self.address_of(leader))):
+            self.gossip.set_leader(change.term, leader, self.address_of(leader))
+            self._tell(E.LEADER_ELECTED, node=str(leader), term=change.term)
+
+    def _take_office(self, on: bool) -> None:
+        """One change at a time, in order; the newest one counts."""
+        if on == self._in_office:
+            return
+        self._in_office = on
+        before = self._office
+
+        async def change() -> None:
+            if before is not None:
+                before.cancel()
+                await asyncio.gather(before, return_exceptions=True)
+            await self._callbacks.on_office(on)
+
+        self._office = self._own(change(), "office")
+
+    def _hinted(self, hint: LeaderHint) -> None:
+        """Gossip has news of a leader."""
+        if hint.leader is None or hint.leader == node_of(self.me):
+            return
+        known = self.leadership.leader
+        heard = Leader(Term(hint.term), hint.leader, hint.address or self.address_of(hint.leader))
+        if self.leadership.learn(heard) and (known.node, known.term) != (heard.node, heard.term):
+            self._tell(E.LEADER_ELECTED, node=str(heard.node), term=heard.term)
+
+    def _conflict(self, conflict: Conflict) -> None:
+        """Two living processes under one name: the newer one stops, and says why."""
+        if conflict.ours:
+            self._callbacks.refused(
+                f"another living node calls itself {conflict.holder.node} (at {conflict.holder.address}): "
+                "give one of them another --node-id"
+            )
+
+    def _tell(self, type: E, **fields: Any) -> None:
+        self._bus.publish([Event(type, self._clock.now_ms(), fields)])
+
+    # -- who is there ----------------------------------------------------------------------------------------------
+
+    def address_of(self, node: NodeId) -> str | None:
+        """Where a node is dialled; None if it is unknown or cannot be. After a start, before gossip has spoken with
+        anybody, as it was last."""
+        member = self.gossip.member(node)
+        return member.address if member is not None else self._book.addresses.get(node)
+
+    def _member_changed(self, member: Member, old: Member | None) -> None:
+        self._since[voter_id(member.node, member.disk)] = (member.state, time.monotonic())
+        if (old is None or old.state is not member.state) and member.node != node_of(self.me):
+            self._tell(_EVENTS[member.state], node=str(member.node))
+        self._member_updated(member, old)
+
+    def _member_updated(self, member: Member, _old: Member | None) -> None:
+        leader = self.leadership.leader
+        if leader.node == member.node and member.address and leader.address != member.address:
+            self.leadership.learn(leader._replace(address=member.address))
+
+    def members(self) -> list[Member]:
+        return list(self.gossip.members().values())
+
+    def _meta(self) -> dict[str, Any]:
+        own = {"version": self._version, "priority": self.settings.priority, "voter": self._wish, "protocol": PROTOCOL}
+        return own | self._callbacks.meta()
+
+    def refresh(self) -> None:
+        """Announces this node anew if what it tells of itself has changed."""
+        self.gossip.set_meta(self._meta())
+
+    def capabilities_of(self, node: str) -> dict[str, Any] | None:
+        if node == node_of(self.me):
+            return self._callbacks.capabilities()
+        return self.gossip.capabilities_of(NodeId(node))
+
+    # -- getting in --------------------------------------------------------------------------------------------------
+
+    def hello(self) -> dict[str, Any]:
+        """The body of ``/peer/hello``."""
+        me = self._hello()
+        return {
+            "node": me.node, "disk": me.disk, "cluster": me.cluster, "priority": me.priority,
+            "addresses": list(me.addresses), "version": me.version, "protocol": me.protocol, "time_ms": me.time_ms,
+            "dialable": me.dialable,
+        }  # fmt: skip
+
+    def _hello(self) -> formation.Hello:
+        return formation.Hello(
+            node=node_of(self.me),
+            disk=disk_of(self.me),
+            cluster=self.cluster,
+            priority=self.settings.priority,
+            addresses=self.settings.peers,
+            version=self._version,
+            protocol=PROTOCOL,
+            time_ms=self._clock.now_ms(),
+            dialable=self.address is not None,
+        )
+
+    async def confirms(self, members: list[tuple[str, str]]) -> str:
+        """Why this node does not agree to a founding of these members; empty if it does."""
+        await self._ask_everybody()
+        seen = tuple(sorted((NodeId(node), DiskId(disk)) for node, disk in members))
+        return formation.confirms(self._hello(), self._asked, seen)
+
+    async def _form(self) -> None:
+        """Gets this node into a cluster, however long that takes, then keeps it in touch with its peers."""
+        assert self.driver is not None
+        said, said_at = "", 0.0
+        while not self.cluster:
+            if not self.settings.peers:
+                await self._found()
+                break
+            why = await self._try_to_form()
+            self.waiting_for = why
+            if why and (why != said or time.monotonic() - said_at > SAY_EVERY_SECONDS):
+                said, said_at = why, time.monotonic()
+                log.info("waiting: %s", why)
+            if why:
+                await asyncio.sleep(FORMATION_SECONDS)
+        self.waiting_for = None
+        await self.gossip.start()
+        seeds = [*self.settings.peers, *(a for n, a in self._book.addresses.items() if n != node_of(self.me))]
+        if any(seed != self.address for seed in seeds):
+            await self.gossip.join(seeds)
+
+    async def _try_to_form(self) -> str:
+        """One attempt; why it must be tried again, empty when this node is in a cluster."""
+        await self._ask_everybody()
+        match formation.decide(self._hello(), self._asked):
+            case formation.Wait(why) | formation.Refuse(why):
+                return why
+            case formation.Join(cluster, through):
+                return await self._join(cluster, through)
+            case formation.Found(members, others):
+                for address in others:
+                    try:
+                        told = await self.peers.call(
+                            "POST",
+                            address,
+                            "/peer/genesis",
+                            {"members": [list(m) for m in members]},
+                            seconds=ASK_SECONDS,
+                        )
+                    except (PeerUnreachable, PeerRefused) as error:
+                        return f"to found the cluster all must agree: {error}"
+                    if told["why"]:
+                        return f"to found the cluster all must agree: {told['why']}"
+                await self._found()
+                return ""
+
+    async def _ask_everybody(self) -> None:
+        """Asks all that are to be asked, as long as their answers name more."""
+        fresh: dict[str, formation.Hello | str] = {}
+        me = self._hello()
+        while wanted := formation.to_ask(me, fresh) - set(fresh):
+            for address, told in zip(
+                sorted(wanted), await asyncio.gather(*(self._ask(a) for a in sorted(wanted))), strict=True
+            ):
+                fresh[address] = told
+        self._asked = fresh
+
+    async def _ask(self, address: str) -> formation.Hello | str:
+        try:
+            told = await self.peers.call("GET", address, "/peer/hello", seconds=ASK_SECONDS)
+            known = {field.name: told[field.name] for field in fields(formation.Hello)}
+            hello = formation.Hello(**{**known, "addresses": tuple(told["addresses"])})
+        except PeerRefused as error:
+            if error.status == 401:
+                return "it refuses this node's token: give all nodes the same --auth-token-file"
+            return f"it answers {error}"
+        except PeerUnreachable as error:
+            return str(error).partition(": ")[2] or str(error)
+        except (KeyError, TypeError):
+            return "it is no node of this version"
+        if hello.protocol != PROTOCOL:
+            return f"it speaks protocol {hello.protocol}, this node {PROTOCOL}: run the same version on both"
+        skew = abs(hello.time_ms - self._clock.now_ms()) / 1000
+        if skew > self.settings.cluster.max_clock_skew_seconds:
+            return f"its clock is {skew:.0f} s off from this node's: set both by NTP"
+        return hello
+
+    async def _found(self) -> None:
+        assert self.driver is not None
+        cluster = ClusterId(secrets.token_hex(8))
+        await asyncio.wrap_future(self.driver.found(cluster, Config((self.me,))))
+        self._belong(cluster)
+        log.info("founded cluster %s", cluster)
+
+    async def _join(self, cluster: ClusterId, through: tuple[str, ...]) -> str:
+        assert self.driver is not None
+        await asyncio.wrap_future(self.driver.join(cluster))
+        self._belong(cluster)
+        log.info("joined cluster %s through %s", cluster, ", ".join(through))
+        return ""
+
+    def _belong(self, cluster: ClusterId) -> None:
+        self.cluster = cluster
+        self.links.adopt(cluster)
+        self.gossip.set_cluster(cluster)
+
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    async def _download(self, source: VoterId, meta: SnapshotMeta) -> Path:
+        """Pulls a snapshot in pieces, resumable; its verified file. Raises OSError, PeerUnreachable or
+        SnapshotError."""
+        began = time.monotonic()
+        incoming = await asyncio.to_thread(snapshot.Incoming, self.snapshots, meta)
+        failures = 0
+        while incoming.offset < meta.size:
+            try:
+                piece = await self._piece(node_of(source), meta.name, incoming.offset)
+                failures = 0
+            except (PeerUnreachable, PeerRefused):
+                failures += 1
+                if failures >= CHUNK_TRIES:
+                    raise
+                await asyncio.sleep(0.1 * 2**failures)
+                continue
+            await asyncio.to_thread(incoming.write, piece)
+        path = await asyncio.to_thread(incoming.finish)
+        log.info("fetched snapshot %s (%d bytes) in %.1f s", meta.name, meta.size, time.monotonic() - began)
+        return path
+
+    async def _piece(self, node: NodeId, name: str, offset: int) -> bytes:
+        path = f"/peer/snapshot/{name}?offset={offset}&length={CHUNK}"
+        address = self.address_of(node)
+        if address is None:
+            async with await self.tunnel.open(node, "GET", path, timeout=CHUNK_SECONDS) as answer:
+                if answer.status != 200:
+                    raise PeerRefused(answer.status, "no such snapshot")
+                return await answer.read()
+        return await self.peers.fetch(address, path, seconds=CHUNK_SECONDS)
+
+    # -- voters --------------------------------------------------------------------------------------------------------
+
+    def view(self) -> View:
+        assert self.driver is not None
+        return self.driver.view
+
+    def has_copy(self) -> bool:
+        """Whether the queue is replicated to this node."""
+        return self.me in self.view().config.everyone
+
+    def copy_age(self) -> float:
+        """Seconds since the leader was last heard of."""
+        assert self.driver is not None
+        return max(self.driver.now() - self.view().contact, 0.0) if self.has_copy() else float("inf")
+
+    def _since_seconds(self, member: Member) -> tuple[float, float]:
+        """(alive for, dead for)."""
+        state, at = self._since.get(voter_id(member.node, member.disk), (member.state, time.monotonic()))
+        self._since.setdefault(voter_id(member.node, member.disk), (state, at))
+        seconds = time.monotonic() - at
+        return (seconds, 0.0) if member.state is State.ALIVE else (0.0, seconds)
+
+    async def _keep(self) -> None:
+        """The autopilot's loop, wherever the leader is."""
+        while True:
+            await asyncio.sleep(AUTOPILOT_SECONDS)
+            if not self.cluster:
+                continue
+            self.refresh()
+            here = {m.node: m.address for m in self.members() if m.state.here and m.address is not None}
+            await asyncio.to_thread(self._book.note, here)
+            self._hold_on()
+            if not self._in_office:
+                self.autopilot_says = "not leading"
+                continue
+            change = self._change_due()
+            self.autopilot_says = change.why if change is not None else "nothing to do"
+            if change is not None:
+                await self._reconfigure(change)
+
+    def _hold_on(self) -> None:
+        """A node that nobody can dial keeps open what it is reached over: links to the other voters if it has a copy,
+        and a tunnel to its anchors."""
+        if self.address is not None:
+            return
+        others = {node_of(v) for v in self.view().config.everyone if v != self.me} if self.has_copy() else set()
+        self.links.hold(others)
+        self.links.hold(set(self.gossip.me.via), channels=(TUNNEL,))
+
+    def _change_due(self) -> autopilot.Change | None:
+        view, policy = self.view(), self.settings.cluster
+        members = []
+        for member in self.members():
+            alive_for, dead_for = self._since_seconds(member)
+            meta = member.meta
+            wish = meta.get("voter")
+            members.append(
+                autopilot.Member(
+                    voter_id(member.node, member.disk),
+                    alive_for,
+                    dead_for,
+                    member.address is not None,
+                    wish if isinstance(wish, bool) else None,
+                    _int(meta.get("priority")),
+                    str(meta.get("zone") or ""),
+                )
+            )
+        followers = [
+            autopilot.Follower(f.voter, view.last_index - f.match, f.contact_age, f.round_seconds, f.regressed)
+            for f in view.followers
+        ]
+        return autopilot.decide(
+            self.me,
+            view.config,
+            members,
+            followers,
+            autopilot.Policy(
+                target=policy.voter_target,
+                steady=policy.steady_seconds,
+                young_steady=policy.young_steady_seconds,
+                replace_dead_after=policy.replace_dead_after_seconds,
+            ),
+        )
+
+    async def _reconfigure(self, change: autopilot.Change) -> None:
+        """Carries a change out. Raises nothing: what was refused now is decided again in a second."""
+        try:
+            await self._set_config(change.config)
+            log.info("voters are %s: %s", ", ".join(map(node_of, change.config.voters)), change.why)
+        except (Refused, OutcomeUnknown) as error:
+            log.info("not changed (%s): %s", change.why, error)
+
+    async def _set_config(self, config: Config) -> None:
+        """Raises Refused or OutcomeUnknown."""
+        assert self.driver is not None
+        before = self.view().config
+        await self._ordered(self.driver.reconfigure(config))
+        for voter in sorted(set(config.voters) - set(before.voters)):
+            self._tell(E.VOTER_ADDED, node=str(node_of(voter)))
+        for voter in sorted(set(before.voters) - set(config.voters)):
+            self._tell(E.VOTER_REMOVED, node=str(node_of(voter)))
+
+    async def _ordered(self, order: Future[T]) -> T:
+        try:
+            async with asyncio.timeout(CATCH_UP_SECONDS):
+                return await asyncio.wrap_future(order)
+        except ConfigRefused as error:
+            raise Refused(409, str(error)) from None
+        except NotLeader as error:
+            raise Refused(503, f"{error}; nothing was done") from None
+        except (Unknown, TimeoutError):
+            raise OutcomeUnknown("no answer from a majority; look at /admin/voters") from None
+
+    async def voters(self) -> dict[str, Any]:
+        """The body of ``/admin/voters``, told by the leader."""
+        view = self.view()
+        by_voter = {f.voter: f for f in view.followers}
+
+        def row(voter: VoterId) -> dict[str, Any]:
+            member = self.gossip.member(node_of(voter))
+            f = by_voter.get(voter)
+            told: dict[str, Any] = {
+                "node": node_of(voter),
+                "disk": disk_of(voter),
+                "state": str(member.state) if member is not None else "unknown",
+                "leads": voter == view.leader,
+            }
+            if f is not None:
+                told |= {
+                    "match_index": f.match,
+                    "contact_age_seconds": round(f.contact_age, 3),
+                    "ready": f.ready,
+                    "priority": f.priority,
+                    "lost_entries": f.regressed,
+                }
+            return told
+
+        return {
+            "cluster": self.cluster,
+            "term": view.term,
+            "last_index": view.last_index,
+            "commit_index": view.commit_index,
+            "voters": [row(voter) for voter in view.config.voters],
+            "learners": [row(voter) for voter in view.config.learners],
+            "voter_target": self.settings.cluster.voter_target,
+            "autopilot": self.autopilot_says,
+        }
+
+    def _known(self, node: str) -> Member:
+        member = self.gossip.member(NodeId(node))
+        if member is None:
+            raise Refused(404, f"there is no node {node!r}", field="node")
+        return member
+
+    async def add_voter(self, node: str) -> dict[str, Any]:
+        """Learner first; voter as soon as it has caught up."""
+        member = self._known(node)
+        if member.state is not State.ALIVE:
+            raise Refused(409, f"{node} is {member.state}", field="node")
+        voter = voter_id(member.node, member.disk)
+        config = self.view().config
+        if voter not in config.everyone:
+            await self._set_config(Config(config.voters, (*config.learners, voter)))
+        await self._tell_wish(member, True)
+        deadline = time.monotonic() + CATCH_UP_SECONDS
+        while voter not in self.view().config.voters:
+            config = self.view().config
+            learners = tuple(v for v in config.learners if v != voter)
+            try:
+                await self._set_config(Config((*config.voters, voter), learners))
+            except Refused as error:
+                if error.status != 409 or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+        return await self.voters()
+
+    async def remove_voter(self, node: str) -> dict[str, Any]:
+        config = self.view().config
+        gone = {voter for voter in config.everyone if node_of(voter) == node}
+        if not gone:
+            raise Refused(404, f"{node} is no voter", field="node")
+        if len(config.voters) == 1 and gone & set(config.voters):
+            raise Refused(409, "the last voter cannot be removed", field="node")
+        member = self.gossip.member(NodeId(node))
+        if member is not None and member.state.here:
+            await self._tell_wish(member, False)
+        keep = Config(
+            tuple(v for v in config.voters if v not in gone), tuple(v for v in config.learners if v not in gone)
+        )
+        await self._set_config(keep)
+        return await self.voters()
+
+    async def _tell_wish(self, member: Member, wish: bool) -> None:
+        """Has the node itself remember that it is to vote, or not to: it outlives leaders."""
+        if member.node == node_of(self.me):
+            await asyncio.to_thread(self.remember_wish, wish)
+            self.refresh()
+        elif member.address is not None:
+            try:
+                await self.peers.call("POST", member.address, "/peer/wish", {"voter": wish}, seconds=ASK_SECONDS)
+            except (PeerUnreachable, PeerRefused) as error:
+                log.warning("%s was not told about its vote: %s", member.node, error)
+
+    def remember_wish(self, wish: bool) -> None:
+        """An operator's word about this node's vote, which outlives a restart. Blocks; `refresh` then tells others."""
+        (self.settings.data_dir / WISH).write_text("vote" if wish else "no vote", encoding="ascii")
+        self._wish = wish
+
+    async def transfer(self, to: str | None) -> dict[str, Any]:
+        """Hands the leadership over; answers when somebody else leads."""
+        view = self.view()
+        voters = [v for v in view.config.voters if v != self.me and to in (None, node_of(v))]
+        if to == node_of(self.me):
+            return {"leader": to, "term": view.term}
+        if not voters:
+            raise Refused(409, f"{to} is not a voter" if to else "there is no other voter", field="to")
+        heirs = {f.voter: (f.ready, f.match, f.priority, f.voter) for f in view.followers}
+        target = max(voters, key=lambda v: heirs.get(v, (False, 0, 0, v)))
+        assert self.driver is not None
+        await self._ordered(self.driver.transfer(target))
+        deadline = time.monotonic() + TRANSFER_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            leader = self.leadership.leader
+            if leader.node not in (None, node_of(self.me)) and leader.term > view.term:
+                return {"leader": leader.node, "term": leader.term}
+            await self.leadership.change(left)
+        raise OutcomeUnknown(f"{node_of(target)} has not taken over within {TRANSFER_SECONDS:g} s; look at /status")
+
+    async def start_election(self) -> dict[str, Any]:
+        """With a leader: it hands over. Without one: this voter stands."""
+        leader = self.leadership.leader
+        if self._in_office:
+            return await self.transfer(None)
+        if leader.node is not None and leader.address is not None:
+            try:
+                told = await self.peers.call(
+                    "POST", leader.address, "/admin/leadership/transfer", {}, seconds=TRANSFER_SECONDS + 1
+                )
+                return dict(told)
+            except PeerRefused as error:
+                raise Refused(error.status, error.detail) from None
+            except PeerUnreachable:
+                pass  # then this voter stands
+        assert self.driver is not None
+        self.driver.stand()
+        return {"standing": node_of(self.me)}
+
+    async def resign(self) -> None:
+        """Before a clean stop: hands the leadership to whoever should have it, if there is anybody."""
+        if self._in_office and len(self.view().config.voters) > 1:
+            try:
+                await self.transfer(None)
+            except (Refused, OutcomeUnknown) as error:
+                log.info("stopping without a hand-over: %s", error)
+
+    def last_seen_age(self, node: NodeId) -> float | None:
+        return self.gossip.last_seen_age(node) if self.cluster else None
+
+    def needs_nobody(self) -> bool:
+        """Whether this node is a cluster by itself: no other voter is needed for it to lead."""
+        voters = self.view().config.voters
+        return not voters or voters == (self.me,)
+
+    def voters_heard_of(self) -> set[str]:
+        """By a node without a copy: nobody tells it but the leader's hint."""
+        leader = self.leadership.leader.node
+        return {leader} if leader is not None else set()
+
+    def knows(self, node: str | None) -> bool:
+        return node is not None and self.gossip.member(NodeId(node)) is not None
+
+    def anchors_of(self, node: str) -> tuple[NodeId, ...]:
+        """The members to which a node holds a tunnel."""
+        return self._known(node).via
+
+    def way_to(self, node: NodeId) -> tuple[str | None, tuple[str, ...]]:
+        """How a node is asked over HTTP: (its address, or None) and the addresses of members to which it holds a
+        tunnel, if it cannot be dialled. Raises Refused (404)."""
+        member = self._known(node)
+        anchors = [self.address_of(anchor) for anchor in member.via]
+        return member.address, tuple(address for address in anchors if address is not None)
+
+
+class AddressBook:
+    """Where the members were last, in a file: after a restart of everybody the voters must find each other, and a node
+    that was the first of its cluster was never told of anybody."""
+
+    KEPT = 1_000
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.addresses: dict[NodeId, str] = {}
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            self.addresses = {NodeId(str(n)): str(a) for n, a in known.items() if is_address(str(a))}
+        except (OSError, ValueError, AttributeError):
+            pass  # the first start, or nothing that can be used: --peers and gossip tell the rest
+
+    def note(self, here: dict[NodeId, str]) -> None:
+        """Remembers who is there now, beside those that may come back. Blocks."""
+        known = {**self.addresses, **here}
+        for node in [node for node in known if node not in here][: max(len(known) - self.KEPT, 0)]:
+            del known[node]
+        if known != self.addresses:
+            self.addresses = known
+            unfinished = self._path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(known), encoding="utf-8")
+            unfinished.replace(self._path)
+
+
+def own_address(settings: Settings, port: int) -> str | None:
+    """What peers dial: as told, else the address by which this machine reaches its peers; None: nobody can."""
+    if settings.advertise == "none":
+        return None
+    if settings.advertise is not None:
+        return settings.advertise
+    host = settings.host
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - a listen address
+        host = _outward_address(settings.peers)
+    elif is_loopback(host) and host == "localhost":
+        host = "127.0.0.1"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _outward_address(peers: tuple[str, ...]) -> str:
+    """The source address that packets to the first peer would have. Nothing is sent."""
+    target = urlsplit(f"//{peers[0]}").hostname if peers else None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target or "192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def _read_wish(folder: Path) -> bool | None:
+    try:
+        return {"vote": True, "no vote": False}.get((folder / WISH).read_text(encoding="ascii").strip())
+    except OSError:
+        return None
+
+
+def _int(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0

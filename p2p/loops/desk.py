@@ -1,0 +1,182 @@
+"""The leader's desk as the worker of any node sees it: the dispatcher itself where this node leads, else the same five
+calls over HTTP to whoever leads (``POST /peer/desk/<call>``, msgpack).
+
+A call that was under way when the leader changed ends at once, so that the worker asks the new one: workers find it as
+soon as this node hears of it. Nothing is retried here; `WorkerPullLoop` knows what may be asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from coordination.commands import AttemptDone
+from coordination.dispatcher import Beat, Dispatcher, Room
+from coordination.errors import OutcomeUnknown, Refused
+from coordination.leases import Claimant, Signs
+from coordination.placement import GpuOffer, Offer
+from p2p.leadership import Leadership
+from p2p.peers import PeerRefused, Peers, PeerUnreachable
+from p2p.workplace import Key
+
+T = TypeVar("T")
+CALL_SECONDS = 3.0  # beyond what the call itself may wait
+FINISH_SECONDS = 15.0
+PATH = "/peer/desk"
+
+
+class DeskOfTheLeader:
+    """Belongs to the event loop. Raises Refused (503) while nobody is known to lead."""
+
+    def __init__(self, node: str, dispatcher: Dispatcher, leadership: Leadership, peers: Peers) -> None:
+        self._node, self._own, self._leadership, self._peers = node, dispatcher, leadership, peers
+        self._room: Room | None = None
+        self._claiming = False  # a claim is under way at a leader elsewhere
+        self._telling: asyncio.Task[None] | None = None
+
+    def mono_ms(self) -> int:
+        return self._own.mono_ms()
+
+    def make_room(self, room: Room) -> None:
+        """Room for the next claim; a claim that is parked elsewhere is told of it."""
+        self._room = room
+        if self._own.leads:
+            self._own.make_room(room)
+        elif self._claiming and (self._telling is None or self._telling.done()):
+            self._telling = asyncio.ensure_future(self._tell_room())
+
+    async def _tell_room(self) -> None:
+        told: Room | None = None
+        while self._claiming and self._room is not None and self._room is not told:
+            told = self._room
+            try:
+                await self._ask("room", {"room": pack_room(told)}, CALL_SECONDS)
+            except (Refused, OutcomeUnknown):
+                return  # the claim under way will notice
+
+    async def claim(self, worker: str, *, wait_seconds: float) -> tuple[list[dict[str, Any]], list[Claimant]]:
+        if self._own.leads:
+            if self._room is not None:
+                self._own.make_room(self._room)
+            return await self._own.claim(worker, wait_seconds=wait_seconds)
+        assert self._room is not None, "a worker states its room before it claims"
+        self._claiming = True
+        try:
+            body = {"worker": worker, "room": pack_room(self._room), "wait_seconds": wait_seconds}
+            told = await self._ask("claim", body, wait_seconds + CALL_SECONDS)
+        finally:
+            self._claiming = False
+        return told["jobs"], [Claimant(job, attempt) for job, attempt in told["doomed"]]
+
+    async def heartbeat(self, worker: str, beats: list[Beat], *, first: bool) -> tuple[list[str], list[str]]:
+        if self._own.leads:
+            return await self._own.heartbeat(worker, beats, first=first)
+        body = {"worker": worker, "first": first, "beats": [(*beat.signs, beat.started_ms) for beat in beats]}
+        told = await self._ask("heartbeat", body, CALL_SECONDS)
+        return told["stale"], told["cancelled"]
+
+    async def describe(self, keys: list[Key]) -> dict[Key, dict[str, Any]]:
+        if self._own.leads:
+            return await self._own.describe(keys)
+        told = await self._ask("describe", {"keys": keys}, CALL_SECONDS)
+        return {(job["id"], job["attempt"]): job for job in told["jobs"]}
+
+    async def finish(self, items: tuple[AttemptDone, ...]) -> list[Refused | None]:
+        if self._own.leads:
+            return await self._own.finish(items)
+        told = await self._ask("finish", {"items": [tuple(item) for item in items]}, FINISH_SECONDS)
+        return [Refused(no[0], no[1], field=no[2]) if no is not None else None for no in told["answers"]]
+
+    async def _ask(self, call: str, body: dict[str, Any], seconds: float) -> Any:
+        """Asks whoever leads; gives up as soon as somebody else does."""
+        leader = self._leadership.leader
+        if leader.node is None or leader.address is None or leader.node == self._node:
+            raise Refused(503, "nobody is known to lead; nothing was done")
+        request = self._peers.call("POST", leader.address, f"{PATH}/{call}", body, seconds=seconds)
+        try:
+            return await self._unless_deposed(request)
+        except PeerUnreachable as error:
+            if error.sent:
+                raise OutcomeUnknown(f"leader {leader.node}: {error}") from None
+            raise Refused(503, f"leader {leader.node} cannot be reached: {error}") from None
+        except PeerRefused as error:
+            if error.status == 504:
+                raise OutcomeUnknown(error.detail) from None
+            raise Refused(error.status, error.detail, field=error.field or "") from None
+
+    async def _unless_deposed(self, request: Awaitable[T]) -> T:
+        leader = self._leadership.leader
+        asking = asyncio.ensure_future(request)
+        try:
+            while not asking.done():
+                change = asyncio.ensure_future(self._leadership.change(3_600.0))
+                try:
+                    await asyncio.wait((asking, change), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    change.cancel()
+                now = self._leadership.leader
+                if not asking.done() and now.node is not None and (now.node, now.term) != (leader.node, leader.term):
+                    raise OutcomeUnknown(f"{leader.node} does not lead any more")
+            return asking.result()
+        finally:
+            asking.cancel()
+
+
+def pack_room(room: Room) -> Any:
+    """A Room as it travels."""
+    return [asdict(room.free), asdict(room.total), room.max_jobs]
+
+
+def unpack_room(value: Any) -> Room:
+    """Raises KeyError, TypeError or ValueError for what `pack_room` does not make."""
+    free, total, max_jobs = value
+    return Room(_offer(free), _offer(total), int(max_jobs))
+
+
+def _offer(value: dict[str, Any]) -> Offer:
+    return Offer(**{**value, "gpus": tuple(GpuOffer(**gpu) for gpu in value["gpus"])})
+
+
+Answering = Callable[[Dispatcher, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+async def _room(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
+    desk.make_room(unpack_room(body["room"]))
+    return {}
+
+
+async def _claim(desk: Dispatcher, body: dict[str, Any], gone: Callable[[], bool]) -> dict[str, Any]:
+    desk.make_room(unpack_room(body["room"]))
+    jobs, doomed = await desk.claim(str(body["worker"]), wait_seconds=float(body["wait_seconds"]), gone=gone)
+    return {"jobs": jobs, "doomed": [list(item) for item in doomed]}
+
+
+async def _heartbeat(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
+    beats = [Beat(Signs(*beat[:-1]), beat[-1]) for beat in body["beats"]]
+    stale, cancelled = await desk.heartbeat(str(body["worker"]), beats, first=bool(body["first"]))
+    return {"stale": stale, "cancelled": cancelled}
+
+
+async def _describe(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
+    found = await desk.describe([(str(job), int(attempt)) for job, attempt in body["keys"]])
+    return {"jobs": list(found.values())}
+
+
+async def _finish(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
+    answers = await desk.finish(tuple(AttemptDone(*item) for item in body["items"]))
+    return {"answers": [None if a is None else [a.status, a.detail, a.field] for a in answers]}
+
+
+_CALLS: dict[str, Answering] = {"room": _room, "heartbeat": _heartbeat, "describe": _describe, "finish": _finish}
+
+
+async def serve(desk: Dispatcher, call: str, body: dict[str, Any], gone: Callable[[], bool]) -> dict[str, Any] | None:
+    """The leader's side of a call; None for one that there is not. Raises what the desk raises, and KeyError,
+    TypeError, ValueError or IndexError for a body that is none of ours."""
+    desk.check_leads()
+    if call == "claim":
+        return await _claim(desk, body, gone)
+    answering = _CALLS.get(call)
+    return await answering(desk, body) if answering is not None else None
