@@ -42,7 +42,7 @@ from p2p.messages import Append, BadMessage, Message, decode, encode
 from p2p.peers import PeerRefused, Peers, PeerUnreachable
 from p2p.replica import ConfigRefused, NotLeader
 from p2p.storage import Identity
-from p2p.transport.gossip import Gossip
+from p2p.transport.gossip import Gossip, JoinRefused
 from p2p.transport.links import Links
 from p2p.transport.tunnel import CHANNEL as TUNNEL
 from p2p.transport.tunnel import Tunnel
@@ -71,6 +71,7 @@ class Callbacks(NamedTuple):
     on_office: Callable[[bool], Coroutine[Any, Any, None]]
     meta: Callable[[], dict[str, Any]]
     capabilities: Callable[[], dict[str, Any] | None]
+    alert: Callable[[str, str], None]  # a name and a sentence; told once
     refused: Callable[[str], None]  # this node cannot be part of the cluster; a sentence
 
 
@@ -96,7 +97,7 @@ class Cluster:
         self.cluster = identity.cluster
         self.snapshots = settings.data_dir / "snapshots"
         self.address = own_address(settings, port)
-        self.waiting_for: str | None = None  # why this node is in no cluster yet
+        self.waiting_for: str | None = None if self.cluster else "asks its peers"  # why it is in no cluster yet
         self._token = settings.auth_token.get_secret_value() if settings.auth_token else None
         self._port = port
         self._boot = secrets.token_hex(8)
@@ -130,6 +131,8 @@ class Cluster:
         self.gossip.on_update = self._member_updated
         self.gossip.on_hint = self._hinted
         self.gossip.on_conflict = self._conflict
+        self.gossip.on_refused = self._join_refused
+        self.links.on_clone = self._cloned
 
     # -- start and stop --------------------------------------------------------------------------------------
 
@@ -269,8 +272,21 @@ class Cluster:
                 "give one of them another --node-id"
             )
 
+    def _join_refused(self, refusal: JoinRefused) -> None:
+        """A name that a living process has is nothing that passes; the other refusals can be mended over there."""
+        if refusal.code == "conflict":
+            self._callbacks.refused(f"{refusal.reason}; {refusal.fix}")
+
     def _tell(self, type: E, **fields: Any) -> None:
         self._bus.publish([Event(type, self._clock.now_ms(), fields)])
+
+    def _cloned(self, voter: VoterId) -> None:
+        """The second of two living processes with one disk id was refused (PROTOCOL §2.10)."""
+        self._callbacks.alert(
+            "cloned_disk",
+            f"two living processes have the disk of {node_of(voter)}: one of them was cloned or restored from a copy; "
+            "stop it and start it with --adopt",
+        )
 
     # -- who is there ----------------------------------------------------------------------------------------------
 
@@ -296,6 +312,8 @@ class Cluster:
 
     def _meta(self) -> dict[str, Any]:
         own = {"version": self._version, "priority": self.settings.priority, "voter": self._wish, "protocol": PROTOCOL}
+        if self.driver is not None and self.has_copy():
+            own["copy"] = True
         return own | self._callbacks.meta()
 
     def refresh(self) -> None:
@@ -475,6 +493,14 @@ class Cluster:
     def has_copy(self) -> bool:
         """Whether the queue is replicated to this node."""
         return self.me in self.view().config.everyone
+
+    def copies(self) -> list[tuple[NodeId, str]]:
+        """Other living members that have a copy of the queue and can be dialled, with their addresses."""
+        return [
+            (m.node, m.address)
+            for m in self.members()
+            if m.state is State.ALIVE and m.address is not None and m.meta.get("copy") and m.node != node_of(self.me)
+        ]
 
     def copy_age(self) -> float:
         """Seconds since the leader was last heard of."""

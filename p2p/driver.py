@@ -127,7 +127,7 @@ class View(NamedTuple):
     contact: float  # when a leader was last heard, on the driver's clock
     followers: tuple[Progresses, ...]
     transferring: bool
-    healthy: bool
+    unfit: str  # why this node must not lead; empty if nothing is wrong
 
 
 def boot_seconds() -> float:
@@ -661,7 +661,7 @@ class Driver:
             replica.election.contact,
             tuple(_seen(p, now) for p in replica.progress.values()),
             replica.transferring,
-            not replica.unfit,
+            self._writer.trouble or replica.unfit,
         )
 
 

@@ -63,7 +63,7 @@ from p2p.loops.job_loops import JobReaperConfig, JobReaperLoop, WorkerPullLoop
 from p2p.loops.queue_loops import QueueMaintenanceLoop, QueuePopulatorLoop
 from p2p.membership.member import Member, State
 from p2p.metrics import exposition
-from p2p.peers import Peers
+from p2p.peers import PeerRefused, Peers, PeerUnreachable
 from p2p.replica import Replica
 from p2p.resources import Resources, detect
 from p2p.storage import CopiedStore, Loaded
@@ -75,6 +75,7 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 0.2
 SAY_EVERY_SECONDS = 5.0
+QUEUE_PART_SECONDS = 0.7
 STALE_SECONDS = 3.0  # a copy that has not heard its leader for so long has none
 SUSPECT = "state.suspect"  # left by a run that found the state damaged: the next start restores it
 
@@ -117,6 +118,8 @@ class Node:
         self.port = settings.port
         self.draining = False
         self._stop = asyncio.Event()
+        self._refused = ""  # why the cluster has no place for this node
+        self._alerts = AlertBook(self.bus)
         self.resources: Resources | None = None
         self._opened = asyncio.Event()  # the desk has been open at least once
         self._undo: list[Callable[[], Any]] = []
@@ -138,6 +141,8 @@ class Node:
             ready(self)
             await self._stop.wait()
             log.info("stopping; running jobs go on under the runner")
+            if self._refused:
+                raise StartError(self._refused)
         finally:
             await self.stop()
 
@@ -171,7 +176,7 @@ class Node:
             bus=self.bus,
             clock=self.clock,
             version=version(),
-            callbacks=Callbacks(self._office, self._meta, self._capabilities, self._cannot_go_on),
+            callbacks=Callbacks(self._office, self._meta, self._capabilities, self._alert, self._cannot_go_on),
         )
         self.driver = self._make_driver(store, loaded, state)
         self.driver.start()
@@ -419,14 +424,18 @@ class Node:
                 if self._stop.is_set():
                     raise ToldToStop from None
 
+    def _alert(self, name: str, message: str) -> None:
+        self._alerts.raise_alert(name, message, self.clock.now_ms(), severity="critical")
+
     def _cannot_go_on(self, why: str) -> None:
         """The cluster has no place for this node."""
         log.critical("stopping: %s", why)
+        self._refused = why
         self.request_stop()
 
     def _build_work(self) -> None:
         settings = self.settings
-        alerts = AlertBook(self.bus)
+        alerts = self._alerts
         populator = Populator(self.desk, enabled=settings.populator.enabled, totals=settings.populator.totals)
         self.supervisor = Supervisor(self.clock, self.bus)
         self.operations = Operations(self.desk, populator, self.supervisor, alerts, settings.health, self.status)
@@ -500,6 +509,7 @@ class Node:
                 settings.work,
                 heartbeat_seconds=settings.queue.heartbeat_seconds,
                 lease_seconds=settings.queue.lease_seconds,
+                pause=self.leadership.change,
             ),
         )
 
@@ -611,8 +621,25 @@ class Node:
             return "catching up"
         if self.cluster.has_copy() and self.cluster.copy_age() > STALE_SECONDS and not self.desk.leads:
             return "no leader"
-        return "draining" if self.draining else None
+        return self.driver.view.unfit or ("draining" if self.draining else None)
 
     async def status(self) -> dict[str, Any]:
-        """The whole of ``/status``."""
-        return {**self.node_status(), "work_queue": await self.operations.queue_status()}
+        """The whole of ``/status``. The queue's part is the leader's word, or as this node's copy has it."""
+        return {**self.node_status(), "work_queue": await self._queue_part()}
+
+    async def _queue_part(self) -> dict[str, Any] | None:
+        """None on a node without a copy that can ask nobody."""
+        if self.desk.leads:
+            return await self.operations.queue_status()
+        leader = self.leadership.leader
+        ways = [leader.address] if leader.node not in (None, self.settings.node_id) else []
+        if not self.cluster.has_copy():
+            ways += [address for _, address in self.cluster.copies()[:2]]
+        for way in ways:
+            try:
+                # As one who was asked by another would be: from what it has, without asking further.
+                path = "/work_queue_status?consistency=stale"
+                return dict(await self.peers.call("GET", str(way), path, seconds=QUEUE_PART_SECONDS))
+            except (PeerUnreachable, PeerRefused):
+                continue
+        return await self.operations.queue_status() if self.cluster.has_copy() else None

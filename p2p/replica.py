@@ -487,6 +487,10 @@ class Replica:
 
     def _set_term(self, term: Term, voted_for: VoterId | None) -> None:
         assert term > self.term or (term == self.term and self.voted_for in (None, voted_for))
+        if term > self.term:
+            self.journal.verified = (
+                self.journal.commit_index
+            )  # that the log equals an earlier leader's says nothing now
         self.term, self.voted_for = term, voted_for
         self._dirty = True
 
@@ -496,7 +500,6 @@ class Replica:
             self._step_down(now, why)
         if term > self.term:
             self._set_term(term, None)
-            self.journal.verified = self.journal.commit_index
             self.election.ballot = None
             self.leader, self.why = None, why
         if leader is not None and leader != self.leader:

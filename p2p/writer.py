@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 from p2p.effects import Entry, HardState, Persist
 from p2p.ids import Index
-from p2p.storage import LogStore
+from p2p.storage import DiskFull, LogStore
 
 log = logging.getLogger(__name__)
 
 MERGED_ENTRIES = 2_048
 MERGED_BYTES = 8 << 20
+FULL_SECONDS = 1.0  # between two attempts to write on a full disk
 
 Job = Callable[[LogStore], None]
 
@@ -40,6 +41,7 @@ class Writer:
         self._jobs: deque[Persist | Job] = deque()
         self._compact_upto = Index(0)
         self._stopping = False
+        self.trouble: str | None = None  # why writes wait, in words
         self.floor = Index(0)  # the highest index that is written down as acknowledged
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
 
@@ -119,10 +121,33 @@ class Writer:
 
     def _write(self, write: Persist) -> None:
         if write.entries or write.hard_state or write.truncate or write.acked_floor > self.floor:
-            self._store.append(write.entries, write.hard_state, write.acked_floor, write.truncate)
+            if not self._append(write):
+                return
             self.floor = max(self.floor, write.acked_floor)
         if write.seq:  # 0: nobody waits for it, see `Driver._write_floor`
             self._written(write.seq)
+
+    def _append(self, write: Persist) -> bool:
+        """Whether it is on disk. A full disk has taken nothing of it: it is tried again until there is room, and
+        meanwhile nothing is acknowledged; the replica sees a disk that does not answer and leads no more (PROTOCOL
+        §2.7, §2.18). False: the node stops first."""
+        while True:
+            try:
+                self._store.append(write.entries, write.hard_state, write.acked_floor, write.truncate)
+            except DiskFull as error:
+                if self.trouble is None:
+                    log.critical("the disk is full, and this node can neither lead nor vote until it is not: %s", error)
+                self.trouble = "its disk is full"
+            else:
+                if self.trouble is not None:
+                    log.warning("there is room on the disk again")
+                self.trouble = None
+                return True
+            with self._wake:
+                if not self._stopping:
+                    self._wake.wait(FULL_SECONDS)
+                if self._stopping:
+                    return False
 
     def _compact_slice(self) -> None:
         upto = self._compact_upto

@@ -34,7 +34,7 @@ MAX_HOPS = 2
 WRITE_SECONDS, READ_SECONDS, PAGE_SECONDS = 10.0, 2.0, 1.0
 LONGEST_SECONDS = 600.0
 CONNECT_SECONDS = 1.0
-CHUNK = 64 << 10
+MAX_ASKED = 3
 
 LEADER, PAGE, LOCAL = "leader", "page", "local"
 _LOCAL_PREFIXES = (
@@ -97,10 +97,10 @@ class Forwarder:
         if kind == LOCAL:
             return await handler(request)
         here = self._here
-        stale = request.query.get("consistency") == "stale" or ("min_index" in request.query and here.has_copy())
-        if request.method in ("GET", "HEAD") and stale:
-            return await handler(request)
+        stale = request.query.get("consistency") == "stale" or "min_index" in request.query
         hops = self._hops(request)
+        if request.method in ("GET", "HEAD") and stale:
+            return await handler(request) if here.has_copy() else await self._page(request, handler, hops)
         if kind == PAGE:
             return await self._page(request, handler, hops)
         deadline = time.monotonic() + seconds_left(request)
@@ -189,8 +189,8 @@ class Forwarder:
             raise Problem(
                 504, f"the leader {leader.node} gave no answer: it may have been done", idempotency_key=key
             ) from None
-        if answer.status == 503 and answer.headers.get(NOT_LEADER):
-            raise NotNow(f"{leader.node} does not lead any more")
+        if answer.status == 503 and (answer.headers.get(NOT_LEADER) or key is not None):
+            raise NotNow(f"{leader.node} does not lead any more, or is stopping")
         if answer.status == 504 and key is not None and deadline - time.monotonic() > 0.1:
             raise NotNow(f"the leader {leader.node} was deposed")
         kept = {n: v for n, v in answer.headers.items() if n.lower() not in _NOT_PASSED_BACK}
@@ -202,11 +202,18 @@ class Forwarder:
         if here.dispatcher.leads or here.alone() or hops:
             return await handler(request)
         leader = here.leadership.leader
-        if leader.node is not None and leader.address is not None:
+        ways = [leader] if leader.node not in (None, here.settings.node_id) else []
+        if not here.has_copy():  # a node that does not vote shows what one that does has
+            ways += [Leader(leader.term, node, address) for node, address in here.cluster.copies()[:MAX_ASKED]]
+        for way in ways:
             try:
-                return await self._pass_on(request, leader, b"", None, hops, time.monotonic() + PAGE_SECONDS)
+                page = await self._pass_on(request, way, b"", None, hops, time.monotonic() + PAGE_SECONDS)
             except (NotNow, Problem):
-                pass  # from the copy here, then
+                continue
+            if page.status != 503:
+                return page
+        if not here.has_copy():
+            raise Problem(503, "this node has no copy of the queue, and no node that has one can be reached")
         return await handler(request)
 
     @staticmethod

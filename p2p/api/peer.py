@@ -12,6 +12,7 @@ from p2p.api.errors import Problem
 from p2p.api.relay import relay
 from p2p.journal import snapshot
 from p2p.loops import desk
+from p2p.membership.member import MalformedMessage, MembershipError
 from p2p.peers import PACKED
 
 routes = web.RouteTableDef()
@@ -29,7 +30,13 @@ async def link(request: web.Request) -> web.StreamResponse:
 async def gossip(request: web.Request) -> web.Response:
     """One message of the membership protocol; the answer is another."""
     check_query(request)
-    return web.Response(body=await context(request).cluster.gossiped(await read_raw(request)), content_type=PACKED)
+    try:
+        said = await context(request).cluster.gossiped(await read_raw(request))
+    except MalformedMessage as error:
+        raise Problem(400, str(error), field="(body)") from None
+    except MembershipError as error:  # it does not run yet, or not any more, or has too much to do
+        raise Problem(503, str(error)) from None
+    return web.Response(body=said, content_type=PACKED)
 
 
 @routes.get("/peer/hello")

@@ -24,6 +24,7 @@ from aiohttp import web
 from p2p.api.errors import Problem
 
 OPEN_PATHS = frozenset({"/health"})
+PEER_PATHS = "/peer/"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _ESTABLISHED = 0x01
 
@@ -42,7 +43,9 @@ class Gate:
         self._check_origin(request)
         if request.path in OPEN_PATHS:
             return
-        reading = request.method in SAFE_METHODS
+        # What nodes ask of each other is not for everybody who has an account here, and a node with the wrong token must
+        # be told so even on the same machine.
+        reading = request.method in SAFE_METHODS and not request.path.startswith(PEER_PATHS)
         if self._token is not None:
             if not (reading and self._from_loopback(request)):
                 self._check_token(request)

@@ -19,6 +19,7 @@ from coordination.errors import OutcomeUnknown, Refused
 from p2p.driver import Overloaded, Stopped
 
 log = logging.getLogger(__name__)
+SAY_AGAIN_SECONDS = 30.0  # the same failure is logged once in this; it is counted every time
 PASSING = (Refused, OutcomeUnknown, Overloaded, Stopped)
 
 
@@ -35,6 +36,7 @@ class Loop(ABC):
         self.runs = 0
         self.errors = 0
         self.last_error: str | None = None
+        self._said_at = float("-inf")
         self.stats: Counter[str] = Counter()
         self._poke = asyncio.Event()
         type(self)._instance = self
@@ -90,8 +92,11 @@ class Loop(ABC):
 
     def _failed(self, error: Exception) -> None:
         self.errors += 1
-        self.last_error = f"{type(error).__name__}: {error}"
-        log.warning("%s: %s", self.name, self.last_error)
+        said, self.last_error = self.last_error, f"{type(error).__name__}: {error}"
+        now = time.monotonic()
+        if said != self.last_error or now - self._said_at >= SAY_AGAIN_SECONDS:
+            self._said_at = now
+            log.warning("%s: %s", self.name, self.last_error)
 
     def as_json(self) -> dict[str, Any]:
         """``{running, last_run_time, runs, errors, last_error, stats}``."""

@@ -128,8 +128,11 @@ class WorkerPullLoop(Loop):
         *,
         heartbeat_seconds: float,
         lease_seconds: float,
+        pause: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:
+        """`pause` waits at most so many seconds; it may end as soon as somebody else leads."""
         super().__init__(RETRY_SECONDS)
+        self._pause = pause
         self._desk, self.workplace, self._settings = desk, workplace, settings
         self._heartbeat_seconds, self._lease_seconds = heartbeat_seconds, lease_seconds
         self.runner = RunnerClient(runner_folder, on_report=self._on_report, on_lost=self._on_lost)
@@ -229,6 +232,7 @@ class WorkerPullLoop(Loop):
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type((Refused, OutcomeUnknown, Overloaded)),
             wait=wait_random_exponential(multiplier=RETRY_SECONDS, max=LONGEST_RETRY_SECONDS),
+            sleep=self._pause,
             before_sleep=lambda state: self._failed(state.outcome.exception()),  # type: ignore[union-attr, arg-type]
         ):
             with attempt:
@@ -273,7 +277,7 @@ class WorkerPullLoop(Loop):
             except (Refused, OutcomeUnknown, Overloaded) as error:
                 self.stats["pull_failures"] += 1
                 self._failed(error)
-                await asyncio.sleep(RETRY_SECONDS)
+                await self._pause(RETRY_SECONDS)
                 continue
             await self._kill(notices, "cancelled")
             self.stats["jobs_pulled"] += len(jobs)
@@ -369,7 +373,7 @@ class WorkerPullLoop(Loop):
                     await self._deliver(batch)
                 except (Refused, OutcomeUnknown, Overloaded) as error:
                     self._failed(error)
-                    await asyncio.sleep(RETRY_SECONDS)
+                    await self._pause(RETRY_SECONDS)
 
     async def _deliver(self, batch: list[AttemptReport]) -> None:
         folders = [self.workplace.jobs[report.key].folder for report in batch]
