@@ -83,7 +83,9 @@ def _finish_learners(
     ready: list[VoterId] = []
     for learner in config.learners:
         member, follower = known.get(learner), seen.get(learner)
-        gone = member is None or member.alive_for <= 0 or member.wish is False
+        if member is not None and member.wish is False:
+            return Change(_without(config, learner), f"{node_of(learner)} is not to vote any more")
+        gone = member is None or member.alive_for <= 0
         if _other_disk(learner, known) or (gone and (follower is None or follower.contact_age > policy.young_steady)):
             return Change(_without(config, learner), f"{node_of(learner)} is gone before it had caught up")
         if follower is None or follower.regressed or gone:
@@ -102,10 +104,10 @@ def _finish_learners(
 def _remove_broken(
     me: VoterId, config: Config, known: dict[VoterId, Member], seen: dict[VoterId, Follower], policy: Policy
 ) -> Change | None:
-    for voter in config.voters:
-        if voter == me:
-            continue
+    for voter in sorted(config.voters, key=lambda v: v == me):  # the leader last: it goes with its own removal
         member, follower = known.get(voter), seen.get(voter)
+        if voter == me and (member is None or member.wish is not False):
+            continue
         if follower is not None and follower.regressed:
             why = "has lost entries that it had acknowledged"
         elif _other_disk(voter, known):

@@ -37,7 +37,7 @@ from p2p.journal import snapshot
 from p2p.leadership import Leader, Leadership
 from p2p.membership.events import Conflict
 from p2p.membership.hint import LeaderHint
-from p2p.membership.member import Member, State
+from p2p.membership.member import Member, MembershipError, State
 from p2p.messages import Append, BadMessage, Message, decode, encode
 from p2p.peers import PeerRefused, Peers, PeerUnreachable
 from p2p.replica import ConfigRefused, NotLeader
@@ -51,6 +51,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PROTOCOL = 1
+AGREED_SECONDS = 6.0  # for so long a node that has agreed to a founding founds nothing itself
+FOUNDING_SECONDS = 4.0  # and so soon after it has asked for agreement the founder must have founded
+OFFICE_RETRY_SECONDS = 0.5
+OPERATOR_SECONDS = 10.0  # the autopilot lets an operator's change of voters be heard of everywhere
+HEARSAY_TURNS = 2
 FORMATION_SECONDS = 0.5
 SAY_EVERY_SECONDS = 5.0
 AUTOPILOT_SECONDS = 1.0
@@ -103,10 +108,12 @@ class Cluster:
         self._boot = secrets.token_hex(8)
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._asked: dict[str, formation.Hello | str] = {}
         self._since: dict[VoterId, tuple[State, float]] = {}
         self._office: asyncio.Task[None] | None = None
         self._in_office = False
+        self._agreed_at = self._ordered_at = float("-inf")  # monotonic
+        self._leaderless = 0  # turns of `_keep` without a leader
+        self._founding = False
         self._wish = settings.voter if settings.voter is not None else _read_wish(settings.data_dir)
         self.autopilot_says = "not leading"
         self.driver: Driver | None = None
@@ -233,6 +240,8 @@ class Cluster:
             return
         self._take_office(False)
         if leader is None:
+            if not self._votes() and self.leadership.leader.node != node_of(self.me):
+                return  # the replica of a node that does not vote is told nothing: gossip knows better
             if self.leadership.lost(change.term):
                 log.info("no leader in term %d: %s", change.term, change.why)
                 self._tell(E.LEADER_LOST, term=change.term, reason=change.why)
@@ -251,7 +260,13 @@ class Cluster:
             if before is not None:
                 before.cancel()
                 await asyncio.gather(before, return_exceptions=True)
-            await self._callbacks.on_office(on)
+            while True:
+                try:
+                    await self._callbacks.on_office(on)
+                    return
+                except Exception:  # a leader whose desk stays shut serves nobody, and nobody else may lead
+                    log.exception("the office could not be %s; it is tried again", "taken" if on else "left")
+                await asyncio.sleep(OFFICE_RETRY_SECONDS)
 
         self._office = self._own(change(), "office")
 
@@ -263,6 +278,16 @@ class Cluster:
         heard = Leader(Term(hint.term), hint.leader, hint.address or self.address_of(hint.leader))
         if self.leadership.learn(heard) and (known.node, known.term) != (heard.node, heard.term):
             self._tell(E.LEADER_ELECTED, node=str(heard.node), term=heard.term)
+
+    def _listen_to_gossip(self) -> None:
+        """A voter that has been cut off for long may have been replaced meanwhile: its replica waits for a leader that
+        will not speak to it, in a term that gossip has told of already. A wrong hint costs a refused request."""
+        self._leaderless = self._leaderless + 1 if self.leadership.leader.node is None else 0
+        if self._leaderless > HEARSAY_TURNS:
+            self._hinted(self.gossip.leader_hint)
+
+    def _votes(self) -> bool:
+        return self.me in self.view().config.voters
 
     def _conflict(self, conflict: Conflict) -> None:
         """Two living processes under one name: the newer one stops, and says why."""
@@ -350,10 +375,18 @@ class Cluster:
         )
 
     async def confirms(self, members: list[tuple[str, str]]) -> str:
-        """Why this node does not agree to a founding of these members; empty if it does."""
-        await self._ask_everybody()
+        """Why this node does not agree to a founding of these members; empty if it does. To agree is a promise: it
+        founds nothing itself for a while."""
+        if self._founding:
+            return f"{node_of(self.me)} is about to found a cluster itself"
+        asked = {} if self.cluster else await self._ask_everybody()
+        if self._founding:
+            return f"{node_of(self.me)} is about to found a cluster itself"
         seen = tuple(sorted((NodeId(node), DiskId(disk)) for node, disk in members))
-        return formation.confirms(self._hello(), self._asked, seen)
+        why = formation.confirms(self._hello(), asked, seen)
+        if not why:
+            self._agreed_at = time.monotonic()
+        return why
 
     async def _form(self) -> None:
         """Gets this node into a cluster, however long that takes, then keeps it in touch with its peers."""
@@ -378,45 +411,55 @@ class Cluster:
 
     async def _try_to_form(self) -> str:
         """One attempt; why it must be tried again, empty when this node is in a cluster."""
-        await self._ask_everybody()
-        match formation.decide(self._hello(), self._asked):
+        match formation.decide(self._hello(), await self._ask_everybody()):
             case formation.Wait(why) | formation.Refuse(why):
                 return why
             case formation.Join(cluster, through):
                 return await self._join(cluster, through)
             case formation.Found(members, others):
-                for address in others:
-                    try:
-                        told = await self.peers.call(
-                            "POST",
-                            address,
-                            "/peer/genesis",
-                            {"members": [list(m) for m in members]},
-                            seconds=ASK_SECONDS,
-                        )
-                    except (PeerUnreachable, PeerRefused) as error:
-                        return f"to found the cluster all must agree: {error}"
-                    if told["why"]:
-                        return f"to found the cluster all must agree: {told['why']}"
-                await self._found()
-                return ""
+                self._founding = True
+                try:
+                    return await self._found_with(members, others)
+                finally:
+                    self._founding = False
 
-    async def _ask_everybody(self) -> None:
-        """Asks all that are to be asked, as long as their answers name more."""
-        fresh: dict[str, formation.Hello | str] = {}
+    async def _found_with(self, members: Sequence[tuple[NodeId, DiskId]], others: Sequence[str]) -> str:
+        """Founds the cluster if all others agree; else why not."""
+        began = time.monotonic()
+        if began - self._agreed_at < AGREED_SECONDS:
+            return "another node has just been going to found the cluster"
+        for why in await asyncio.gather(*(self._agrees(address, members) for address in others)):
+            if why:
+                return f"to found the cluster all must agree: {why}"
+        if time.monotonic() - began > FOUNDING_SECONDS:
+            return "it took too long to agree"
+        await self._found()
+        return ""
+
+    async def _agrees(self, address: str, members: Sequence[tuple[NodeId, DiskId]]) -> str:
+        """Why the node there does not; empty if it does."""
+        body = {"members": [list(member) for member in members]}
+        try:
+            told = await self.peers.call("POST", address, "/peer/genesis", body, seconds=ASK_SECONDS)
+            return str(told["why"])
+        except (PeerUnreachable, PeerRefused) as error:
+            return str(error)
+        except (KeyError, TypeError):
+            return f"{address} is no node of this version"
+
+    async def _ask_everybody(self) -> dict[str, formation.Hello | str]:
+        """What each says that is to be asked, as long as their answers name more."""
+        asked: dict[str, formation.Hello | str] = {}
         me = self._hello()
-        while wanted := formation.to_ask(me, fresh) - set(fresh):
-            for address, told in zip(
-                sorted(wanted), await asyncio.gather(*(self._ask(a) for a in sorted(wanted))), strict=True
-            ):
-                fresh[address] = told
-        self._asked = fresh
+        while (wanted := sorted(formation.to_ask(me, asked) - set(asked))) and not formation.too_many(me, asked):
+            for address, told in zip(wanted, await asyncio.gather(*map(self._ask, wanted)), strict=True):
+                # Behind many a NAT a node cannot dial the address by which others reach it.
+                asked[address] = me if isinstance(told, str) and address == self.address else told
+        return asked
 
     async def _ask(self, address: str) -> formation.Hello | str:
         try:
-            told = await self.peers.call("GET", address, "/peer/hello", seconds=ASK_SECONDS)
-            known = {field.name: told[field.name] for field in fields(formation.Hello)}
-            hello = formation.Hello(**{**known, "addresses": tuple(told["addresses"])})
+            hello = _read_hello(await self.peers.call("GET", address, "/peer/hello", seconds=ASK_SECONDS))
         except PeerRefused as error:
             if error.status == 401:
                 return "it refuses this node's token: give all nodes the same --auth-token-file"
@@ -520,17 +563,41 @@ class Cluster:
             await asyncio.sleep(AUTOPILOT_SECONDS)
             if not self.cluster:
                 continue
-            self.refresh()
-            here = {m.node: m.address for m in self.members() if m.state.here and m.address is not None}
-            await asyncio.to_thread(self._book.note, here)
-            self._hold_on()
-            if not self._in_office:
-                self.autopilot_says = "not leading"
-                continue
-            change = self._change_due()
-            self.autopilot_says = change.why if change is not None else "nothing to do"
-            if change is not None:
-                await self._reconfigure(change)
+            try:
+                await self._look_after()
+            except (MembershipError, OSError) as error:
+                log.warning("not done now: %s", error)  # gossip stops, or the disk is full: both pass
+
+    async def _look_after(self) -> None:
+        """One turn of `_keep`."""
+        self.refresh()
+        here = {m.node: m.address for m in self.members() if m.state.here and m.address is not None}
+        await asyncio.to_thread(self._book.note, here)
+        self._hold_on()
+        self._listen_to_gossip()
+        if not self._in_office:
+            self.autopilot_says = "not leading"
+            return
+        if await self._gave_way():
+            return
+        if time.monotonic() - self._ordered_at < OPERATOR_SECONDS:
+            self.autopilot_says = "an operator has just changed the voters"
+            return
+        change = self._change_due()
+        self.autopilot_says = change.why if change is not None else "nothing to do"
+        if change is not None:
+            await self._reconfigure(change)
+
+    async def _gave_way(self) -> bool:
+        """A leader that nobody can dial serves nobody but itself: it brings the others up to date, and hands over."""
+        heirs = [f for f in self.view().followers if f.ready and f.voter in self.view().config.voters]
+        if self.address is not None or not heirs:
+            return False
+        try:
+            await self.transfer(None)
+        except (Refused, OutcomeUnknown) as error:
+            log.info("this node cannot be dialled and should not lead, but: %s", error)
+        return True
 
     def _hold_on(self) -> None:
         """A node that nobody can dial keeps open what it is reached over: links to the other voters if it has a copy,
@@ -544,6 +611,8 @@ class Cluster:
     def _change_due(self) -> autopilot.Change | None:
         view, policy = self.view(), self.settings.cluster
         members = []
+        there = {voter_id(member.node, member.disk) for member in self.members()}
+        self._since = {voter: since for voter, since in self._since.items() if voter in there}
         for member in self.members():
             alive_for, dead_for = self._since_seconds(member)
             meta = member.meta
@@ -631,6 +700,8 @@ class Cluster:
 
         return {
             "cluster": self.cluster,
+            "leader": self.leadership.leader.node,
+            "leader_since": self.leadership.since,
             "term": view.term,
             "last_index": view.last_index,
             "commit_index": view.commit_index,
@@ -652,16 +723,17 @@ class Cluster:
         if member.state is not State.ALIVE:
             raise Refused(409, f"{node} is {member.state}", field="node")
         voter = voter_id(member.node, member.disk)
-        config = self.view().config
-        if voter not in config.everyone:
-            await self._set_config(Config(config.voters, (*config.learners, voter)))
         await self._tell_wish(member, True)
         deadline = time.monotonic() + CATCH_UP_SECONDS
         while voter not in self.view().config.voters:
+            self._ordered_at = time.monotonic()
             config = self.view().config
             learners = tuple(v for v in config.learners if v != voter)
             try:
-                await self._set_config(Config((*config.voters, voter), learners))
+                if voter in config.learners:
+                    await self._set_config(Config((*config.voters, voter), learners))
+                else:
+                    await self._set_config(Config(config.voters, (*config.learners, voter)))
             except Refused as error:
                 if error.status != 409 or time.monotonic() > deadline:
                     raise
@@ -675,6 +747,7 @@ class Cluster:
             raise Refused(404, f"{node} is no voter", field="node")
         if len(config.voters) == 1 and gone & set(config.voters):
             raise Refused(409, "the last voter cannot be removed", field="node")
+        self._ordered_at = time.monotonic()
         member = self.gossip.member(NodeId(node))
         if member is not None and member.state.here:
             await self._tell_wish(member, False)
@@ -735,6 +808,8 @@ class Cluster:
                 raise Refused(error.status, error.detail) from None
             except PeerUnreachable:
                 pass  # then this voter stands
+        if not self._votes():
+            raise Refused(409, "there is no leader now, and this node does not vote: ask one that does")
         assert self.driver is not None
         self.driver.stand()
         return {"standing": node_of(self.me)}
@@ -832,6 +907,17 @@ def _read_wish(folder: Path) -> bool | None:
         return {"vote": True, "no vote": False}.get((folder / WISH).read_text(encoding="ascii").strip())
     except OSError:
         return None
+
+
+def _read_hello(told: Any) -> formation.Hello:
+    """Raises KeyError or TypeError for what `Cluster.hello` does not make."""
+    known = {field.name: told[field.name] for field in fields(formation.Hello)}
+    addresses = known["addresses"]
+    texts = (known["node"], known["disk"], known["cluster"], known["version"], *addresses)
+    numbers = (known["priority"], known["protocol"], known["time_ms"])
+    if not (all(isinstance(text, str) for text in texts) and all(isinstance(number, int) for number in numbers)):
+        raise TypeError("not a hello")
+    return formation.Hello(**{**known, "addresses": tuple(addresses), "dialable": bool(known["dialable"])})
 
 
 def _int(value: Any) -> int:

@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -84,6 +84,7 @@ MAX_INBOX = 20_000  # messages of peers beyond this are dropped: they are sent a
 MAX_UNAPPLIED_BATCHES = 4
 FLOOR_IDLE_SECONDS = 0.05  # how soon an idle journal writes down what it has acknowledged
 STOP_SECONDS = 5.0  # how long a stop waits for the answers to what was accepted
+ASK_SECONDS = 0.2
 FATAL_EXIT = 70
 
 
@@ -499,8 +500,10 @@ class Driver:
 
     def _role_changed(self, change: RoleChanged) -> None:
         if change.role != "leader":
-            # What was handed to the apply thread is committed and will be answered; of the rest nobody knows.
-            unknown = [index for index in self._unanswered if index > self._committed]
+            # What is committed is applied and answered all the same, such as this node's own removal; of the rest
+            # nobody knows.
+            committed = self._replica.journal.commit_index
+            unknown = [index for index in self._unanswered if index > committed]
             for index in unknown:
                 _fail(self._unanswered.pop(index)[1], Unknown("this node was deposed before it could tell"))
         self.view = self._look()
@@ -594,13 +597,18 @@ class Driver:
         self._writer.do(look)
 
     def _describe(self, index: int) -> tuple[bytes, Config] | None:
-        """Called on the snapshot's thread: the log's hash and the configuration at `index`."""
+        """Called on the snapshot's thread: the log's hash and the configuration at `index`; None if they are not known,
+        or the node stops meanwhile."""
         config: Future[Config] = Future()
         chain: Future[bytes | None] = Future()
         self._put(lambda: config.set_result(self._replica.journal.log.config_at(Index(index))))
         self._writer.do(lambda store: chain.set_result(store.chain_at(Index(index))))
-        known = chain.result(STOP_SECONDS)
-        return (known, config.result(STOP_SECONDS)) if known is not None else None
+        while not (config.done() and chain.done()):
+            if self._stopping or self._dead:
+                return None
+            wait([chain], timeout=ASK_SECONDS)
+        known = chain.result()
+        return (known, config.result()) if known is not None else None
 
     def _snapshot_made(self, index: int, upto: int) -> None:
         self._put(lambda: self._writer.compact(Index(upto)) if upto else None)

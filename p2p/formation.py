@@ -58,7 +58,7 @@ class Refuse(NamedTuple):
 
 
 Decision = Wait | Join | Found | Refuse
-MAX_CLOSURE = 64
+MAX_CLOSURE = 128
 
 
 def members_seen(me: Hello, asked: Mapping[str, Hello | str]) -> tuple[tuple[NodeId, DiskId], ...]:
@@ -71,9 +71,14 @@ def to_ask(me: Hello, asked: Mapping[str, Hello | str]) -> set[str]:
     """The addresses that are to be asked: those this node was told of, and those they were told of."""
     wanted = set(me.addresses)
     for hello in asked.values():
-        if isinstance(hello, Hello) and len(wanted) < MAX_CLOSURE:
+        if isinstance(hello, Hello):
             wanted |= set(hello.addresses)
     return wanted
+
+
+def too_many(me: Hello, asked: Mapping[str, Hello | str]) -> bool:
+    """Whether there is no end of addresses: nobody is asked any more, and nothing can be founded."""
+    return len(to_ask(me, asked)) > MAX_CLOSURE
 
 
 def decide(me: Hello, asked: Mapping[str, Hello | str]) -> Decision:
@@ -91,6 +96,8 @@ def decide(me: Hello, asked: Mapping[str, Hello | str]) -> Decision:
     twins = next((hello for hello in others.values() if hello.node == me.node), None)
     if twins is not None:
         return Refuse(f"another node calls itself {me.node} too: give one of them another --node-id")
+    if too_many(me, asked):
+        return Refuse(f"the peers name more than {MAX_CLOSURE} addresses: name the same few in --peers everywhere")
     unasked = to_ask(me, asked) - set(hellos)
     if unasked:
         address = sorted(unasked)[0]
@@ -115,5 +122,7 @@ def confirms(me: Hello, asked: Mapping[str, Hello | str], members: tuple[tuple[N
     mine = members_seen(me, asked)
     if mine != members:
         return f"{me.node} sees {', '.join(node for node, _ in mine)}"
+    if too_many(me, asked):
+        return f"{me.node} is told of more than {MAX_CLOSURE} addresses"
     unasked = to_ask(me, asked) - {a for a, hello in asked.items() if isinstance(hello, Hello)}
     return f"{me.node} cannot reach {sorted(unasked)[0]}" if unasked else ""

@@ -5,9 +5,14 @@ term wins. Everything that waits for a leader waits here.
 from __future__ import annotations
 
 import asyncio
-from typing import NamedTuple
+import time
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, TypeVar
 
 from p2p.ids import NodeId, Term
+
+T = TypeVar("T")
+LISTEN_SECONDS = 0.5  # how often it is looked whether whoever asked is still there
 
 
 class Leader(NamedTuple):
@@ -21,20 +26,29 @@ class Leader(NamedTuple):
 NOBODY = Leader(Term(0), None, None)
 
 
+class Deposed(Exception):
+    """Whoever was asked does not lead any more, and has not answered: it may have been done."""
+
+
+class AskerGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
 class Leadership:
     """Belongs to the event loop."""
 
     def __init__(self) -> None:
         self.leader = NOBODY
+        self.since: float | None = None  # unix seconds: when this node learned of it
         self._changed = asyncio.Event()
 
     def learn(self, leader: Leader) -> bool:
         """News from the replica or from gossip; whether it was any. Older terms are old news; within a term a name
-        beats none, and none beats a name only from the replica itself (`lost`)."""
+        beats none, and none beats a name only from the replica itself (`lost`); so it is with addresses."""
         known = self.leader
         if leader.term < known.term or (leader.term == known.term and leader.node is None):
             return False
-        if leader == known:
+        if leader == known or leader == known._replace(address=None):
             return False
         self._set(leader)
         return True
@@ -47,7 +61,13 @@ class Leadership:
         return True
 
     def _set(self, leader: Leader) -> None:
+        if (leader.term, leader.node) != (self.leader.term, self.leader.node):
+            self.since = time.time()
         self.leader = leader
+        self.opened()
+
+    def opened(self) -> None:
+        """Wakes everybody who waits for a leader: there is another one, or this node's desk has been opened."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -59,3 +79,31 @@ class Leadership:
         except TimeoutError:
             return False
         return True
+
+    async def unless_deposed(self, request: Awaitable[T], *, gone: Callable[[], bool] = lambda: False) -> T:
+        """What is answered to a request that was made of the leader. Raises Deposed as soon as somebody else is known
+        to lead: one that is cut off cannot say so itself; AskerGone soon after `gone` says that nobody waits. The
+        request is given up then."""
+        before = self.leader
+        asking = asyncio.ensure_future(request)
+        try:
+            while not asking.done():
+                change = asyncio.ensure_future(self._changed.wait())
+                try:
+                    await asyncio.wait((asking, change), timeout=LISTEN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    change.cancel()
+                if asking.done():
+                    break
+                now = self.leader
+                if None not in (before.node, now.node) and (now.node, now.term) != (before.node, before.term):
+                    raise Deposed(f"{before.node} does not lead any more")
+                if gone():
+                    raise AskerGone
+            return await asking
+        finally:
+            if not asking.done():
+                asking.cancel()
+                await asyncio.wait([asking])
+            if not asking.cancelled():
+                asking.exception()  # looked at: nobody else will

@@ -61,6 +61,7 @@ class Append(NamedTuple):
     commit: Index
     round: int
     heirs: tuple[VoterId, ...]
+    timeout_ms: int = 0  # the election timeout this leader asks for, where the network is slow; 0: the usual one
 
 
 class AppendReply(NamedTuple):
@@ -135,7 +136,7 @@ def decode(raw: bytes) -> Message:
 _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "term": int, "next_term": int, "last_index": int, "last_term": int, "priority": int, "granted": bool,
     "reason": str, "transfer": bool, "prev_index": int, "prev_term": int, "entries": tuple, "commit": int,
-    "round": int, "heirs": tuple, "ok": bool, "match": int, "conflict_term": int, "conflict_first": int,
+    "round": int, "heirs": tuple, "timeout_ms": int, "ok": bool, "match": int, "conflict_term": int, "conflict_first": int,
     "ready": bool, "index": int, "config": bytes, "chain": bytes, "name": str, "size": int, "sha256": str,
 }  # fmt: skip
 _MAY_BE_NEGATIVE = frozenset({"priority"})

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import gc
 import hashlib
 import json
 import logging
-import os
 import random
 import secrets
 import signal
@@ -66,7 +64,7 @@ from p2p.metrics import exposition
 from p2p.peers import PeerRefused, Peers, PeerUnreachable
 from p2p.replica import Replica
 from p2p.resources import Resources, detect
-from p2p.storage import CopiedStore, Loaded
+from p2p.storage import CopiedStore, Loaded, lock
 from p2p.storage.disk import DiskLog
 from p2p.workplace import Workplace, attempt_folder
 
@@ -253,24 +251,12 @@ class Node:
                 raise ToldToStop
 
     def _holder(self) -> str:
-        try:
-            pid = (self.settings.data_dir / "node.lock").read_text(encoding="ascii").strip()
-        except OSError:
-            return ""
-        return f" (node process {pid})" if pid and pid != str(os.getpid()) else ""
+        pid = lock.holder(self.settings.data_dir)
+        return f" (node process {pid})" if pid else ""
 
     def _take_lock(self) -> bool | None:
-        file = (self.settings.data_dir / "node.lock").open("a+", encoding="ascii")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            return None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        self._lock = file
-        return True
+        self._lock = lock.take(self.settings.data_dir)
+        return True if self._lock is not None else None
 
     def _bind(self) -> socket.socket | None:
         host, port = self.settings.host, self.settings.port

@@ -238,6 +238,7 @@ class _Seat:
     reads_asked: int = 0  # every round sent for the reads that wait is later than this one
     handover: _Handover | None = None
     established: bool = False
+    adapt_at: float = 0.0
 
 
 class Replica:
@@ -386,7 +387,7 @@ class Replica:
         began = self.journal.write_began
         if began is not None and now - began >= self.timers.disk_stall:
             self._step_down(now, "its disk does not answer")
-        elif now - self._quorum_contact(now) >= self.timers.election:
+        elif now - self._quorum_contact(now) >= self.election.timeout:
             self._step_down(now, "a majority does not answer")
 
     def _quorum_contact(self, now: float) -> float:
@@ -488,9 +489,7 @@ class Replica:
     def _set_term(self, term: Term, voted_for: VoterId | None) -> None:
         assert term > self.term or (term == self.term and self.voted_for in (None, voted_for))
         if term > self.term:
-            self.journal.verified = (
-                self.journal.commit_index
-            )  # that the log equals an earlier leader's says nothing now
+            self.journal.verified = self.journal.commit_index  # what equalled an earlier leader's log says nothing now
         self.term, self.voted_for = term, voted_for
         self._dirty = True
 
@@ -643,7 +642,7 @@ class Replica:
             return
         if not self._heard_leader(sender, message.term, now):
             return
-        self.election.heard(now, message.heirs, self.config.voters)
+        self.election.heard(now, message.heirs, self.config.voters, message.timeout_ms / 1000)
         if self.installing is not None:
             self._acknowledge(sender, message.round, now)
             return
@@ -691,7 +690,7 @@ class Replica:
     def _on_snapshot_offer(self, sender: VoterId, offer: SnapshotOffer, now: float) -> None:
         if not self._heard_leader(sender, offer.term, now):
             return
-        self.election.heard(now, self.election.heirs, self.config.voters)
+        self.election.heard(now, self.election.heirs, self.config.voters, self.election.timeout)
         journal = self.journal
         if offer.index <= journal.commit_index or journal.log.term_at(offer.index) == offer.last_term:
             # It is here already, and so is what follows it, which may have been acknowledged.
@@ -758,6 +757,7 @@ class Replica:
             if (favourite := seat.progress.get(seat.handover.to)) is not None:
                 favourite.steady_since = now  # else a favourite that cannot take the seat is offered it at every beat
             seat.handover = None  # not deposed in time: lead on
+        self._adapt(now)
         heirs = self._heirs()
         for p in seat.progress.values():
             if p.under_way and now - p.sent_at >= self.timers.retransmit:
@@ -766,13 +766,33 @@ class Replica:
             self._replicate(p, now)
         self._serve_reads(now)
 
+    def _adapt(self, now: float) -> None:
+        """Asks for a longer election timeout where a majority answers slowly, and for the usual one again when it no
+        longer does (PROTOCOL §1). Looked at about once a second."""
+        seat = self._seat
+        assert seat is not None
+        if now < seat.adapt_at:
+            return
+        seat.adapt_at = now + 10 * self.timers.heartbeat
+        others = [seat.progress[v].slowness() for v in self.config.voters if v in seat.progress]
+        known = sorted(slowness for slowness in others if slowness is not None)
+        needed = majority(len(self.config.voters)) - (self.me in self.config.voters)
+        if needed and len(known) >= needed:
+            self.election.set_timeout(self.timers.slow_factor * known[needed - 1])
+
+    def _timeout_ms(self) -> int:
+        """What followers are told: 0 for the usual timeout."""
+        slow = self.election.timeout > self.timers.election
+        return round(self.election.timeout * 1000) if slow else 0
+
     def _send_heartbeat(self, p: Progress, heirs: tuple[VoterId, ...], now: float) -> None:
         """Behind what the follower is known to have, so that it is never refused; an answer tells what it lacks."""
         journal = self.journal
         prev, prev_term = p.match, journal.log.term_at(p.match)
         if prev_term is None:
             prev, prev_term = Index(0), Term(0)
-        beat = Append(self.term, prev, prev_term, (), journal.commit_index, self._next_round(now), heirs)
+        round = self._next_round(now)
+        beat = Append(self.term, prev, prev_term, (), journal.commit_index, round, heirs, self._timeout_ms())
         self._out.append(Send(p.voter, beat))
 
     def _heirs(self) -> tuple[VoterId, ...]:
@@ -813,7 +833,14 @@ class Replica:
                 break
         batch = tuple((e.term, e.kind, e.body) for e in entries[:fitting])
         message = Append(
-            self.term, prev, prev_term, batch, self.journal.commit_index, self._next_round(now), self._heirs()
+            self.term,
+            prev,
+            prev_term,
+            batch,
+            self.journal.commit_index,
+            self._next_round(now),
+            self._heirs(),
+            self._timeout_ms(),
         )
         p.sent(Index(prev + fitting), now)
         self._out.append(Send(p.voter, message))
@@ -874,9 +901,10 @@ class Replica:
         """It is alive, as of the moment the round it answers was sent."""
         sent = reply.round / 1e6
         p.acked_round = max(p.acked_round, reply.round)
-        if sent - p.contact >= self.timers.election or not reply.ready or not p.ready:
+        if sent - p.contact >= self.election.timeout or not reply.ready or not p.ready:
             p.steady_since = now
         p.contact = max(p.contact, min(sent, now))
+        p.answers.append(max(now - sent, 0.0))
         p.priority, p.ready = reply.priority, reply.ready
 
     def _on_match(self, p: Progress, reply: AppendReply, now: float) -> None:
@@ -1007,7 +1035,7 @@ class Replica:
 
     def _keeps_up(self, p: Progress, now: float) -> bool:
         """A learner that is dead or has lost its disk must not be counted on, however much it once held."""
-        heard = now - p.contact < self.timers.election
+        heard = now - p.contact < self.election.timeout
         return heard and not p.regressed and p.match + CLOSE_ENTRIES >= self.journal.commit_index
 
     # -- handing over ------------------------------------------------------------------------------------------
@@ -1022,7 +1050,7 @@ class Replica:
         if not p.ready or p.regressed or p.match + CLOSE_ENTRIES < self.journal.last_index:
             raise ConfigRefused(f"{to} is not well or not up to date")
         if seat.handover is None:
-            seat.handover = _Handover(to, now + self.timers.election)
+            seat.handover = _Handover(to, now + self.election.timeout)
             self._continue_handover(p, now)
         elif seat.handover.to != to:
             raise ConfigRefused(f"the leader is handing its seat over to {seat.handover.to}")
@@ -1057,10 +1085,10 @@ class Replica:
             best is not None
             and best.priority > self.election.priority
             and now - best.steady_since >= steady
-            and now - best.contact < self.timers.election
+            and now - best.contact < self.election.timeout
             and best.match + CLOSE_ENTRIES >= self.journal.last_index
         ):
-            seat.handover = _Handover(best.voter, now + self.timers.election)
+            seat.handover = _Handover(best.voter, now + self.election.timeout)
             self._continue_handover(best, now)
 
     # -- checking ----------------------------------------------------------------------------------------------

@@ -6,25 +6,33 @@ leader and, if there is none, answer from the copy here and say so. At most two 
 does not lead passes the request on once, to the leader it knows, and no further.
 
 During an election a request is tried again until its deadline, but only if it was definitely not done, or if it
-carries a key by which the queue recognises it: a submit is never doubled (PROTOCOL §2.26).
+carries a key by which the queue recognises it: a submit is never doubled (PROTOCOL §2.26). Once an attempt may have
+been done, nothing but the queue's own word ends in anything but 504.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import string
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict, CIMultiDictProxy
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
+from yarl import URL
 
-from coordination.errors import OutcomeUnknown, Refused
+from coordination.errors import CoordinationError
 from p2p.api.bodies import read_raw
 from p2p.api.context import MADE_KEY, Context
-from p2p.api.errors import Problem
-from p2p.leadership import Leader
+from p2p.api.errors import Problem, problem_of
+from p2p.driver import Overloaded, Stopped
+from p2p.leadership import AskerGone, Deposed, Leader
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -33,6 +41,10 @@ NOT_LEADER = "X-P2P-Not-Leader"
 MAX_HOPS = 2
 WRITE_SECONDS, READ_SECONDS, PAGE_SECONDS = 10.0, 2.0, 1.0
 LONGEST_SECONDS = 600.0
+# What the answer itself may take beyond that: a claim is held open, a new voter catches up.
+LONG_ANSWERS = {"/worker/claim": 60.0, "/admin/voters/add": 70.0, "/admin/voters/remove": 70.0}
+LATE_SECONDS = 1.0  # how much later than the deadline the leader's own word on a write may come
+LOOK_SECONDS = 0.25
 CONNECT_SECONDS = 1.0
 MAX_ASKED = 3
 
@@ -50,18 +62,38 @@ _LOCAL_PREFIXES = (
     "/status",
 )
 _PAGES = frozenset({"/work_queue_status", "/work_assignment_status"})
-_KEYED = ("/jobs",)  # writes that the queue recognises by their key
-# Headers of one connection, not of the request.
+# Headers of one connection, not of the request; what this node alone may say; and what its own check of who asks has
+# used up: the leader is asked by this node, with the cluster's token.
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length", "expect",
-     "proxy-authorization", "authorization", "origin", "sec-fetch-site", "accept-encoding"}
+     "proxy-authorization", "proxy-authenticate", "proxy-connection", "authorization", "origin", "sec-fetch-site",
+     "accept-encoding", "content-encoding"}
 )  # fmt: skip
-
-_NOT_PASSED_BACK = _HOP_BY_HOP | {"content-encoding", "date", "server"}
+_OURS = "x-p2p-"
+_NOT_PASSED_BACK = _HOP_BY_HOP | {"date", "server"}
+_READING = ("GET", "HEAD")
+_NO_WORD = (429, 503, 507)  # true of this attempt, and no word on the one before it
 
 
 class NotNow(Exception):
-    """Definitely not done, for a reason that passes: nobody leads, or the leader has just gone."""
+    """Not answered, for a reason that passes: nobody leads, or the leader has just gone. Definitely not done, unless
+    `Asked.unknown` says otherwise."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Asked:
+    """A request on its way. `key`: the queue recognises it by that, so that it may be asked twice; `unknown`: an
+    attempt may have been done."""
+
+    hops: int
+    deadline: float
+    key: str | None = None
+    body: bytes = b""
+    longer: float = 0.0
+    unknown: bool = False
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
 
 
 def where(request: web.Request) -> str:
@@ -99,101 +131,126 @@ class Forwarder:
         here = self._here
         stale = request.query.get("consistency") == "stale" or "min_index" in request.query
         hops = self._hops(request)
-        if request.method in ("GET", "HEAD") and stale:
+        if request.method in _READING and stale:
             return await handler(request) if here.has_copy() else await self._page(request, handler, hops)
         if kind == PAGE:
             return await self._page(request, handler, hops)
-        deadline = time.monotonic() + seconds_left(request)
-        key = request.headers.get("Idempotency-Key")
-        if key is None and request.method == "POST" and request.path.startswith(_KEYED):
-            key = secrets.token_hex(12)
-            request[MADE_KEY] = key
-        body = await read_raw(request) if request.method not in ("GET", "HEAD") and not here.alone() else b""
-        return await self._until_answered(request, handler, body, key, hops, deadline)
+        asked = Asked(
+            hops=hops,
+            deadline=time.monotonic() + seconds_left(request),
+            longer=LONG_ANSWERS.get(request.path, 0.0),
+        )
+        if request.method == "POST" and _is_keyed(request.path):
+            asked.key = request.headers.get("Idempotency-Key")
+            if asked.key is None:
+                asked.key = request[MADE_KEY] = secrets.token_hex(12)
+        if request.method not in _READING and not here.alone():
+            asked.body = await read_raw(request)
+        return await self._until_answered(request, handler, asked)
 
-    async def _until_answered(
-        self, request: web.Request, handler: Handler, body: bytes, key: str | None, hops: int, deadline: float
-    ) -> web.StreamResponse:
-        """Here if this node leads, else at the leader; again and again while nothing was done and there is time."""
+    async def _until_answered(self, request: web.Request, handler: Handler, asked: Asked) -> web.StreamResponse:
+        """Here if this node leads, else at the leader; again and again while that is safe and there is time."""
         if self._here.alone():
             return await handler(request)
-        left = max(deadline - time.monotonic(), 0.05)
+        told: dict[str, Any] = {"idempotency_key": asked.key} if asked.key else {}
+        pause: Callable[[float], Awaitable[Any]] = self._here.leadership.change  # over as soon as somebody else leads
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(NotNow),
                 wait=wait_random_exponential(multiplier=0.02, max=0.25),
-                stop=stop_before_delay(left),
+                stop=stop_before_delay(max(asked.left(), 0.05)),
+                sleep=pause,
                 reraise=True,
             ):
                 with attempt:
-                    return await self._once(request, handler, body, key, hops, deadline)
+                    response = await self._once(request, handler, asked)
         except NotNow as error:
-            extra = {"idempotency_key": key} if key else {}
-            raise Problem(503, f"{error}; nothing was done", headers={NOT_LEADER: "1"}, **extra) from None
-        raise AssertionError("tenacity answers or raises")
+            if asked.unknown:
+                raise Problem(504, f"{error}; it may have been done", **told) from None
+            raise Problem(503, f"{error}; nothing was done", headers={NOT_LEADER: "1"}, **told) from None
+        if asked.unknown and response.status in _NO_WORD:
+            raise Problem(504, "an earlier attempt gave no answer: it may have been done", **told)
+        return response
 
-    async def _once(
-        self, request: web.Request, handler: Handler, body: bytes, key: str | None, hops: int, deadline: float
-    ) -> web.StreamResponse:
-        here = self._here
+    async def _once(self, request: web.Request, handler: Handler, asked: Asked) -> web.StreamResponse:
+        here, me = self._here, self._here.settings.node_id
+        if not here.dispatcher.leads and here.leadership.leader.node in (None, me):
+            await here.leadership.change(max(min(asked.left(), LOOK_SECONDS), 0.0))
         if here.dispatcher.leads:
-            try:
-                return await handler(request)
-            except Refused as error:
-                if error.status == 503 and not here.dispatcher.leads:
-                    raise NotNow("the leader has changed") from None
-                raise
-            except (OutcomeUnknown, Problem) as error:
-                status = error.status if isinstance(error, Problem) else 504
-                if here.dispatcher.leads or status not in (503, 504) or (status == 504 and key is None):
-                    raise
-                raise NotNow("the leader has changed") from None
+            return await self._at_this_desk(request, handler, asked)
         leader = here.leadership.leader
-        if leader.node is None or leader.node == here.settings.node_id:
-            await here.leadership.change(max(min(deadline - time.monotonic(), 0.25), 0.0))
+        if leader.node is None or leader.node == me:
             raise NotNow("there is no leader now")
-        if hops >= MAX_HOPS:
+        if asked.hops >= MAX_HOPS:
             raise Problem(
                 503, "this node was asked as the leader, and does not lead; nothing was done", headers={NOT_LEADER: "1"}
             )
-        return await self._pass_on(request, leader, body, key, hops, deadline)
+        return await self._pass_on(request, leader, asked)
 
-    async def _pass_on(
-        self, request: web.Request, leader: Leader, body: bytes, key: str | None, hops: int, deadline: float
-    ) -> web.StreamResponse:
-        """The leader's whole answer. Raises NotNow if it was certainly not done, Problem 504 if nobody knows."""
-        left = deadline - time.monotonic()
+    async def _at_this_desk(self, request: web.Request, handler: Handler, asked: Asked) -> web.StreamResponse:
+        """This node leads; if that ends meanwhile, the request may be the next leader's."""
+        try:
+            return await handler(request)
+        except (CoordinationError, Problem, Overloaded, Stopped) as error:
+            problem = problem_of(error, asked.key)
+            if self._here.dispatcher.leads or problem.status not in (503, 504):
+                if asked.unknown and problem.status in _NO_WORD:
+                    raise Problem(
+                        504, f"{problem.detail}; an earlier attempt may have been done", **problem.extra
+                    ) from error
+                raise problem from error
+            if problem.status == 504 and asked.key is None:
+                raise problem from error
+            asked.unknown = asked.unknown or problem.status == 504
+            raise NotNow("the leader has changed") from None
+
+    async def _pass_on(self, request: web.Request, leader: Leader, asked: Asked) -> web.StreamResponse:
+        """The leader's whole answer. Raises NotNow if it may be asked again, Problem 504 if nobody knows."""
+        reading = request.method in _READING
+        left = asked.left()
         if leader.address is None or left <= 0:
             raise NotNow(f"the leader {leader.node} cannot be reached")
-        headers = {n: v for n, v in request.headers.items() if n.lower() not in _HOP_BY_HOP}
-        headers |= {HOPS: str(hops + 1), DEADLINE: str(int(left * 1000)), FORWARDED_BY: self._here.settings.node_id}
-        if key is not None:
-            headers["Idempotency-Key"] = key
+        headers = _passed_on(request.headers)
+        headers.update(
+            {HOPS: str(asked.hops + 1), DEADLINE: str(int(left * 1000)), FORWARDED_BY: self._here.settings.node_id}
+        )
+        if asked.key is not None:
+            headers.setdefault("Idempotency-Key", asked.key)
+
+        def gone() -> bool:
+            return asked.longer > 0 and (request.transport is None or request.transport.is_closing())
+
+        async def exchange() -> tuple[aiohttp.ClientResponse, bytes]:
+            async with self._here.peers.session.request(
+                request.method,
+                URL(f"http://{leader.address}{_target(request)}", encoded=True),
+                data=asked.body if asked.body or request.method == "POST" else None,
+                headers=headers,
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            ) as answer:
+                return answer, await answer.read()
+
         try:
-            async with asyncio.timeout(left + 1.0):
-                answer = await self._here.peers.session.request(
-                    request.method,
-                    f"http://{leader.address}{request.raw_path}",
-                    data=body if body or request.method == "POST" else None,
-                    headers=headers,
-                    skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-                )
-                async with answer:
-                    told = await answer.read()
-        except aiohttp.ClientConnectorError as error:
-            raise NotNow(f"the leader {leader.node} cannot be reached: {error.os_error or error}") from None
-        except (TimeoutError, aiohttp.ClientError, OSError):
-            if (key is not None or request.method in ("GET", "HEAD")) and deadline - time.monotonic() > 0:
-                raise NotNow(f"the leader {leader.node} went away") from None
-            raise Problem(
-                504, f"the leader {leader.node} gave no answer: it may have been done", idempotency_key=key
-            ) from None
-        if answer.status == 503 and (answer.headers.get(NOT_LEADER) or key is not None):
+            async with asyncio.timeout(left + asked.longer + (0.0 if reading else LATE_SECONDS)):
+                answer, told = await self._here.leadership.unless_deposed(exchange(), gone=gone)
+        except AskerGone:
+            raise ConnectionResetError("whoever asked has hung up") from None
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL, ValueError) as error:
+            cause = getattr(error, "os_error", None) or error
+            raise NotNow(f"the leader {leader.node} cannot be reached: {cause}") from None
+        except (Deposed, TimeoutError, aiohttp.ClientError, OSError):
+            if not reading and asked.key is None:
+                raise Problem(504, f"the leader {leader.node} gave no answer: it may have been done") from None
+            asked.unknown = asked.unknown or not reading
+            raise NotNow(f"the leader {leader.node} gave no answer") from None
+        if answer.status == 503 and (answer.headers.get(NOT_LEADER) or asked.key is not None):
             raise NotNow(f"{leader.node} does not lead any more, or is stopping")
-        if answer.status == 504 and key is not None and deadline - time.monotonic() > 0.1:
+        if answer.status == 504 and asked.key is not None:
+            asked.unknown = True
             raise NotNow(f"the leader {leader.node} was deposed")
-        kept = {n: v for n, v in answer.headers.items() if n.lower() not in _NOT_PASSED_BACK}
+        kept = _passed_back(answer.headers, head=request.method == "HEAD")
         return web.Response(body=told, status=answer.status, headers=kept)
 
     async def _page(self, request: web.Request, handler: Handler, hops: int) -> web.StreamResponse:
@@ -207,7 +264,7 @@ class Forwarder:
             ways += [Leader(leader.term, node, address) for node, address in here.cluster.copies()[:MAX_ASKED]]
         for way in ways:
             try:
-                page = await self._pass_on(request, way, b"", None, hops, time.monotonic() + PAGE_SECONDS)
+                page = await self._pass_on(request, way, Asked(hops=hops, deadline=time.monotonic() + PAGE_SECONDS))
             except (NotNow, Problem):
                 continue
             if page.status != 503:
@@ -222,3 +279,34 @@ class Forwarder:
         if not (told.isascii() and told.isdigit() and len(told) <= 2):
             raise Problem(400, "must be a small number", field=HOPS)
         return int(told)
+
+
+def _is_keyed(path: str) -> bool:
+    """Whether the queue recognises this write by its key. A key on any other is somebody's mistake: asked twice, such
+    a write is done twice."""
+    return path == "/jobs" or path.startswith("/jobs/")
+
+
+def _target(request: web.Request) -> str:
+    """The path and query as they came. A request line may also name a whole URL, or what looks like the end of one:
+    only what begins with a slash can be put behind an address. Raises Problem (400)."""
+    raw = request.rel_url.raw_path_qs
+    if not raw.startswith("/"):
+        raise Problem(400, "the target of a request begins with a slash", field="(request)")
+    return quote(raw.encode("utf-8", "surrogateescape"), safe=string.punctuation)
+
+
+def _named(headers: CIMultiDictProxy[str]) -> set[str]:
+    """The headers that are of the connection because it says so (RFC 9110 §7.6.1)."""
+    return {name.strip().lower() for told in headers.getall("Connection", []) for name in told.split(",")}
+
+
+def _passed_on(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    drop = _HOP_BY_HOP | _named(headers)
+    kept = [(n, v) for n, v in headers.items() if n.lower() not in drop and not n.lower().startswith(_OURS)]
+    return CIMultiDict(kept)
+
+
+def _passed_back(headers: CIMultiDictProxy[str], *, head: bool) -> CIMultiDict[str]:
+    drop = (_NOT_PASSED_BACK | _named(headers)) - ({"content-length"} if head else set())
+    return CIMultiDict([(n, v) for n, v in headers.items() if n.lower() not in drop])

@@ -25,6 +25,7 @@ class ElectionCore:
     def __init__(self, me: VoterId, timers: Timers, draw: Callable[[], float], now: float) -> None:
         self.me, self.timers, self._draw = me, timers, draw
         self.priority = 0
+        self.timeout = timers.election  # E as this leader, or this network, needs it: never less than the usual one
         self.contact = now  # a voter that has just started may have heard a leader a moment before
         self.heirs: tuple[VoterId, ...] = ()
         self.ballot: Ballot | None = None
@@ -38,9 +39,10 @@ class ElectionCore:
 
     # -- when to stand -----------------------------------------------------------------------------------------
 
-    def heard(self, now: float, heirs: Sequence[VoterId], voters: Sequence[VoterId]) -> None:
-        """A leader lives."""
+    def heard(self, now: float, heirs: Sequence[VoterId], voters: Sequence[VoterId], timeout: float = 0.0) -> None:
+        """A leader lives, and asks for this election timeout."""
         self.contact = now
+        self.set_timeout(timeout)
         self.heirs = tuple(heirs)
         self._rounds = 0
         self.ballot = None
@@ -50,16 +52,20 @@ class ElectionCore:
         """Wait a whole election timeout, and then for those that should stand first."""
         t = self.timers
         turn = rank(self.me, self.heirs, voters)
-        self.deadline = now + t.election + t.guard + t.jitter * self._draw() + t.rank_delay * turn
+        self.deadline = now + self.timeout + t.guard + t.jitter * self._draw() + t.rank_delay * turn
+
+    def set_timeout(self, seconds: float) -> None:
+        """The election timeout from now on, within its bounds (PROTOCOL §1: adaptive, only upwards)."""
+        self.timeout = min(max(seconds, self.timers.election), self.timers.longest_election)
 
     def excuse(self, now: float) -> bool:
         """Whether the deadline that has passed is to be forgiven: this node itself was asleep, and what was sent to it
         meanwhile may still lie unread (PROTOCOL §2.15). At most once per election timeout."""
         late = now - self.deadline
-        if late <= self.timers.excuse or now - self._excused_at < self.timers.election:
+        if late <= self.timers.excuse or now - self._excused_at < self.timeout:
             return False
         self._excused_at = now
-        self.deadline = now + min(late, self.timers.election)
+        self.deadline = now + min(late, self.timeout)
         return True
 
     def stand(self, term: Term, voters: Sequence[VoterId], now: float, *, real: bool) -> Ballot:
@@ -79,7 +85,8 @@ class ElectionCore:
     def _patience(self) -> float:
         """How long a round may take: longer each time, so that slow disks elect a leader too."""
         t = self.timers
-        return float(min(t.round_timeout * t.backoff ** max(self._rounds - 1, 0), t.longest_backoff))
+        least = max(t.round_timeout, self.timeout / 2)
+        return float(min(least * t.backoff ** max(self._rounds - 1, 0), t.longest_backoff))
 
     def told_to_wait(self, now: float) -> None:
         """Somebody higher is there: give it one step of time, then stand regardless (PROTOCOL §1, Election)."""
@@ -92,7 +99,7 @@ class ElectionCore:
 
     def in_lease(self, now: float) -> bool:
         """A leader was heard less than an election timeout ago: nobody is to disturb it."""
-        return now - self.contact < self.timers.election
+        return now - self.contact < self.timeout
 
     def judge(self, asker: VoterId, ask: PreVote, *, term: Term, last: tuple[Term, int], now: float, fit: bool) -> str:
         """Why a pre-vote is refused; empty if it is granted. `last` is this voter's (last term, last index); `fit`

@@ -18,6 +18,8 @@ class Timers:
 
     heartbeat: float = 0.1
     election: float = 0.6  # E: six lost heartbeats
+    longest_election: float = 5.0  # E grows where answers are slow (`slow_factor` times their p99), but no further
+    slow_factor: float = 3.0
     guard: float = 0.03  # a candidate waits a little longer than E, so that the others' leases have run out
     jitter: float = 0.05
     rank_delay: float = 0.15

@@ -20,6 +20,7 @@ from p2p.journal.log import NOTHING
 PIPELINE = 4
 BATCH_ENTRIES = 256
 BATCH_BYTES = 1 << 20
+ANSWERS = 200  # some twenty seconds of heartbeats
 PROBE, REPLICATE, SNAPSHOT = "probe", "replicate", "snapshot"
 
 
@@ -40,6 +41,7 @@ class Progress:
     fetching: bool = False
     offered: Index = NOTHING
     offered_at: float = float("-inf")
+    answers: deque[float] = field(default_factory=lambda: deque(maxlen=ANSWERS))  # how long the newest ones took
     priority: int = 0
     ready: bool = False
     refused_round: int = 0  # refusals of what was sent up to this round tell nothing that is not known
@@ -48,6 +50,12 @@ class Progress:
     round_target: Index = NOTHING  # catching up is measured in rounds (Ongaro §4.2.1)
     round_began: float = 0.0
     round_seconds: float = float("inf")  # how long the last round of catching up took
+
+    def slowness(self) -> float | None:
+        """The 99th percentile of how long its answers took, seconds; None before there are enough to tell."""
+        if len(self.answers) < ANSWERS // 4:
+            return None
+        return sorted(self.answers)[int(len(self.answers) * 0.99) - 1]
 
     def may_send(self) -> bool:
         """Whether one more batch may go out."""
@@ -71,6 +79,7 @@ class Progress:
             self.match = match
             self.match_round = round_now
             self.sent_at = now
+            self.next = max(self.next, Index(match + 1))
         if self.state == PROBE and match < (self.under_way[0] if self.under_way else self.next - 1):
             return  # a heartbeat's answer; the probe, under way or still to be sent, tells more
         while self.under_way and self.under_way[0] <= match:
@@ -80,7 +89,6 @@ class Progress:
                 self.under_way.clear()
                 self.next = Index(self.match + 1)
             self.state = REPLICATE
-        self.next = max(self.next, Index(self.match + 1))
 
     def lost(self) -> None:
         """What was under way has probably not arrived; that tells nothing about where the logs agree."""

@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from coordination.commands import AttemptDone
 from coordination.dispatcher import Beat, Dispatcher, Room
 from coordination.errors import OutcomeUnknown, Refused
 from coordination.leases import Claimant, Signs
 from coordination.placement import GpuOffer, Offer
-from p2p.leadership import Leadership
+from p2p.leadership import Deposed, Leadership
 from p2p.peers import PeerRefused, Peers, PeerUnreachable
 from p2p.workplace import Key
 
-T = TypeVar("T")
 CALL_SECONDS = 3.0  # beyond what the call itself may wait
 FINISH_SECONDS = 15.0
+MAX_WAIT_SECONDS = 60.0
 PATH = "/peer/desk"
 
 
@@ -65,38 +65,45 @@ class DeskOfTheLeader:
         self._claiming = True
         try:
             body = {"worker": worker, "room": pack_room(self._room), "wait_seconds": wait_seconds}
-            told = await self._ask("claim", body, wait_seconds + CALL_SECONDS)
+            told = await self._ask("claim", body, wait_seconds + CALL_SECONDS, "jobs", "doomed")
         finally:
             self._claiming = False
+            if self._telling is not None:
+                self._telling.cancel()  # no claim is parked there that would care
         return told["jobs"], [Claimant(job, attempt) for job, attempt in told["doomed"]]
 
-    async def heartbeat(self, worker: str, beats: list[Beat], *, first: bool) -> tuple[list[str], list[str]]:
+    async def heartbeat(
+        self, worker: str, beats: list[Beat], *, first: bool, whole: bool = False
+    ) -> tuple[list[str], list[str]]:
         if self._own.leads:
-            return await self._own.heartbeat(worker, beats, first=first)
-        body = {"worker": worker, "first": first, "beats": [(*beat.signs, beat.started_ms) for beat in beats]}
-        told = await self._ask("heartbeat", body, CALL_SECONDS)
+            return await self._own.heartbeat(worker, beats, first=first, whole=whole)
+        told_beats = [(*beat.signs, beat.started_ms) for beat in beats]
+        body = {"worker": worker, "first": first, "whole": whole, "beats": told_beats}
+        told = await self._ask("heartbeat", body, CALL_SECONDS, "stale", "cancelled")
         return told["stale"], told["cancelled"]
 
     async def describe(self, keys: list[Key]) -> dict[Key, dict[str, Any]]:
         if self._own.leads:
             return await self._own.describe(keys)
-        told = await self._ask("describe", {"keys": keys}, CALL_SECONDS)
+        told = await self._ask("describe", {"keys": keys}, CALL_SECONDS, "jobs")
         return {(job["id"], job["attempt"]): job for job in told["jobs"]}
 
     async def finish(self, items: tuple[AttemptDone, ...]) -> list[Refused | None]:
         if self._own.leads:
             return await self._own.finish(items)
-        told = await self._ask("finish", {"items": [tuple(item) for item in items]}, FINISH_SECONDS)
+        told = await self._ask("finish", {"items": [tuple(item) for item in items]}, FINISH_SECONDS, "answers")
         return [Refused(no[0], no[1], field=no[2]) if no is not None else None for no in told["answers"]]
 
-    async def _ask(self, call: str, body: dict[str, Any], seconds: float) -> Any:
-        """Asks whoever leads; gives up as soon as somebody else does."""
+    async def _ask(self, call: str, body: dict[str, Any], seconds: float, *wanted: str) -> dict[str, Any]:
+        """Asks whoever leads for an answer that has `wanted`; gives up as soon as somebody else leads."""
         leader = self._leadership.leader
         if leader.node is None or leader.address is None or leader.node == self._node:
             raise Refused(503, "nobody is known to lead; nothing was done")
         request = self._peers.call("POST", leader.address, f"{PATH}/{call}", body, seconds=seconds)
         try:
-            return await self._unless_deposed(request)
+            told = await self._leadership.unless_deposed(request)
+        except Deposed as error:
+            raise OutcomeUnknown(str(error)) from None
         except PeerUnreachable as error:
             if error.sent:
                 raise OutcomeUnknown(f"leader {leader.node}: {error}") from None
@@ -105,23 +112,9 @@ class DeskOfTheLeader:
             if error.status == 504:
                 raise OutcomeUnknown(error.detail) from None
             raise Refused(error.status, error.detail, field=error.field or "") from None
-
-    async def _unless_deposed(self, request: Awaitable[T]) -> T:
-        leader = self._leadership.leader
-        asking = asyncio.ensure_future(request)
-        try:
-            while not asking.done():
-                change = asyncio.ensure_future(self._leadership.change(3_600.0))
-                try:
-                    await asyncio.wait((asking, change), return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    change.cancel()
-                now = self._leadership.leader
-                if not asking.done() and now.node is not None and (now.node, now.term) != (leader.node, leader.term):
-                    raise OutcomeUnknown(f"{leader.node} does not lead any more")
-            return asking.result()
-        finally:
-            asking.cancel()
+        if not isinstance(told, dict) or any(not isinstance(told.get(name), list) for name in wanted):
+            raise OutcomeUnknown(f"leader {leader.node} gives an answer that this version cannot read")
+        return told
 
 
 def pack_room(room: Room) -> Any:
@@ -149,13 +142,15 @@ async def _room(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
 
 async def _claim(desk: Dispatcher, body: dict[str, Any], gone: Callable[[], bool]) -> dict[str, Any]:
     desk.make_room(unpack_room(body["room"]))
-    jobs, doomed = await desk.claim(str(body["worker"]), wait_seconds=float(body["wait_seconds"]), gone=gone)
+    seconds = min(max(float(body["wait_seconds"]), 0.0), MAX_WAIT_SECONDS)
+    jobs, doomed = await desk.claim(str(body["worker"]), wait_seconds=seconds, gone=gone)
     return {"jobs": jobs, "doomed": [list(item) for item in doomed]}
 
 
 async def _heartbeat(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
     beats = [Beat(Signs(*beat[:-1]), beat[-1]) for beat in body["beats"]]
-    stale, cancelled = await desk.heartbeat(str(body["worker"]), beats, first=bool(body["first"]))
+    told = (bool(body["first"]), bool(body.get("whole", False)))
+    stale, cancelled = await desk.heartbeat(str(body["worker"]), beats, first=told[0], whole=told[1])
     return {"stale": stale, "cancelled": cancelled}
 
 

@@ -107,7 +107,9 @@ class Desk(Protocol):
 
     def make_room(self, room: Room) -> None: ...
     def claim(self, worker: str, *, wait_seconds: float) -> Awaitable[tuple[list[dict[str, Any]], list[Claimant]]]: ...
-    def heartbeat(self, worker: str, beats: list[Beat], *, first: bool) -> Awaitable[tuple[list[str], list[str]]]: ...
+    def heartbeat(
+        self, worker: str, beats: list[Beat], *, first: bool, whole: bool = False
+    ) -> Awaitable[tuple[list[str], list[str]]]: ...
     def describe(self, keys: list[Key]) -> Awaitable[dict[Key, dict[str, Any]]]: ...
     def finish(self, items: tuple[AttemptDone, ...]) -> Awaitable[list[Refused | None]]: ...
     def mono_ms(self) -> int: ...
@@ -279,9 +281,10 @@ class WorkerPullLoop(Loop):
                 self._failed(error)
                 await self._pause(RETRY_SECONDS)
                 continue
+            taken = [self.workplace.add(job) for job in jobs]  # from now on the heartbeats list them
+            self.stats["jobs_pulled"] += len(taken)
             await self._kill(notices, "cancelled")
-            self.stats["jobs_pulled"] += len(jobs)
-            await self._begin_whatever_happens([self.workplace.add(job) for job in jobs])
+            await self._begin_whatever_happens(taken)
 
     async def _begin_whatever_happens(self, jobs: list[LocalJob]) -> None:
         """A claimed job that never reached the runner would wait for its lease to lapse, so a stop waits for this."""
@@ -319,7 +322,7 @@ class WorkerPullLoop(Loop):
                 if full:
                     next_full = loop.time() + self._heartbeat_seconds
                     samples = await self._sample()
-                    await self._send_beats(list(self.workplace.jobs.values()), samples, first=False)
+                    await self._send_beats(list(self.workplace.jobs.values()), samples, first=False, whole=True)
                 else:
                     fresh = [j for j in self.workplace.jobs.values() if j.started_ms is not None and not j.told_start]
                     if fresh := [job for job in fresh if not job.ended]:
@@ -344,10 +347,12 @@ class WorkerPullLoop(Loop):
             self.stats["samples_missed"] += 1
             return {}
 
-    async def _send_beats(self, jobs: list[LocalJob], samples: dict[Key, ActivitySample], *, first: bool) -> None:
+    async def _send_beats(
+        self, jobs: list[LocalJob], samples: dict[Key, ActivitySample], *, first: bool, whole: bool = False
+    ) -> None:
         progress = await asyncio.to_thread(_progress_of, jobs, samples) if samples else {}
         beats = [Beat(_signs(job, samples.get(job.key), progress.get(job.key)), job.started_ms) for job in jobs]
-        stale, cancelled = await self._desk.heartbeat(self.workplace.node, beats, first=first)
+        stale, cancelled = await self._desk.heartbeat(self.workplace.node, beats, first=first, whole=whole)
         self._renewed_at = self._desk.mono_ms()
         for job in jobs:
             job.told_start = job.told_start or job.started_ms is not None

@@ -7,6 +7,7 @@ members, who are never called: their anchors remember how far each has been told
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from itertools import islice
 from math import ceil, log10
 
@@ -47,24 +48,12 @@ class Broadcasts:
         self._tiers.clear()
         self._tier_of.clear()
 
-    def peek(self, budget: int, but: NodeId | None = None) -> list[Member]:
-        """What `take` would give, without counting it as sent."""
-        found: list[Member] = []
-        for tier in self._tiers:
-            for node in reversed(tier):
-                size = tier[node].size()
-                if node == but:
-                    continue
-                if size > budget:
-                    return found
-                budget -= size
-                found.append(tier[node])
-        return found
-
-    def take(self, budget: int, limit: int, but: NodeId | None = None) -> list[Member]:
+    def take(
+        self, budget: int, limit: int, *, but: Collection[NodeId] = (), uncounted: NodeId | None = None
+    ) -> list[Member]:
         """What fits into `budget` bytes, those sent least first, newest first among equals; none about `but`.
 
-        An update sent `limit` times is forgotten.
+        An update sent `limit` times is forgotten; one about `uncounted` does not count as sent by this.
         """
         taken: list[tuple[int, Member]] = []
         aside: list[tuple[int, Member]] = []
@@ -72,10 +61,9 @@ class Broadcasts:
             while tier and budget > 0:
                 node, member = tier.popitem()
                 del self._tier_of[node]
-                size = member.size()
-                if node == but:
+                if node in but:
                     aside.append((sent, member))
-                elif size > budget:
+                elif (size := member.size()) > budget:
                     aside.append((sent, member))
                     budget = 0
                 else:
@@ -86,7 +74,9 @@ class Broadcasts:
         for sent, member in reversed(aside):
             self._push(member, sent)
         for sent, member in reversed(taken):
-            if sent + 1 < limit:
+            if member.node == uncounted:
+                self._push(member, sent)
+            elif sent + 1 < limit:
                 self._push(member, sent + 1)
         return [member for _, member in taken]
 

@@ -187,7 +187,8 @@ class MembershipCore:
     def step(self, event: Event, now: float) -> list[Effect]:
         """Takes in one event. Raises MalformedMessage (state untouched, counted), InvalidMeta, or MembershipError."""
         assert now >= self._now, f"time went from {self._now} back to {now}"
-        self._check(event)
+        if type(event) is Requested or type(event) is Answered:
+            self._check(event)
         self._now = now
         due = self._timers.next()
         if due is not None and now - due > self.figures.lag_seconds:
@@ -197,17 +198,20 @@ class MembershipCore:
         self._HANDLERS[type(event)](self, event)
         return out
 
-    def _check(self, event: Event) -> None:
+    def _check(self, event: Requested | Answered) -> None:
         """Refuses what no honest peer sends, before anything is changed."""
-        match event:
-            case Requested(message=Message(body=Ack() | Nack() | Welcome() | Refuse())):
-                self._malformed("an answer came as a request")
-            case Requested(message=Message(body=Join(member=member)) as message):
-                named = (message.sender, message.boot, message.cluster) == (member.node, member.boot, member.cluster)
-                if not named or member.state is not State.ALIVE:
-                    self._malformed("a node can only join for itself, alive")
-            case Answered(message=Message(body=Ping() | Probe() | News() | Digest() | Join())):
+        message = event.message
+        body = message.body
+        if isinstance(event, Answered):
+            if isinstance(body, Ping | Probe | News | Digest | Join):
                 self._malformed("a request came as an answer")
+        elif isinstance(body, Ack | Nack | Welcome | Refuse):
+            self._malformed("an answer came as a request")
+        elif isinstance(body, Join):
+            member = body.member
+            named = (message.sender, message.boot, message.cluster) == (member.node, member.boot, member.cluster)
+            if not named or member.state is not State.ALIVE:
+                self._malformed("a node can only join for itself, alive")
 
     def _malformed(self, why: str) -> None:
         self.stats["malformed"] += 1
@@ -330,8 +334,8 @@ class MembershipCore:
         that another process has its name (Lifeguard's buddy system, §IV-C). Then, if it has just passed on a rumour
         about this node, how that was refuted.
 
-        On a reply, to `asker`, nothing counts as sent. It may have given up long ago: a node that slept answers a pile
-        of old questions first, and its refutation, spent on those, would reach nobody.
+        On a reply, to `asker`, what this node says of itself does not count as sent. The asker may have given up: a
+        node that slept answers a pile of old questions first, and its refutation, spent on those, would reach nobody.
         """
         if cluster != self.me.cluster:
             return ()
@@ -342,17 +346,17 @@ class MembershipCore:
         if known is not None and (known.state is not State.ALIVE or known.boot != boot):
             updates.append(known)
             budget -= known.size()
-        if asker is not None and any(self._rumour(record) for record in asker.updates):
-            updates.append(self.me)
-            budget -= self.me.size()
+        but = [peer]
+        if asker is not None:
+            but += (record.node for record in asker.updates)  # it has just told us
+            if any(self._rumour(record) for record in asker.updates):
+                updates.append(self.me)
+                budget -= self.me.size()
         if known is not None and known.address is None and known.state.here:
             self._feed_to(peer, budget, updates)
-        elif not self._broadcasts:
-            pass
-        elif asker is not None:
-            updates += (m for m in self._broadcasts.peek(budget, but=peer) if m not in updates)
-        else:
-            updates += self._broadcasts.take(budget, self._retransmits(), but=peer)
+        elif self._broadcasts:
+            uncounted = None if asker is None else self.node
+            updates += self._broadcasts.take(budget, self._retransmits(), but=but, uncounted=uncounted)
         return tuple(updates)
 
     def _rumour(self, record: Member) -> bool:
@@ -491,10 +495,12 @@ class MembershipCore:
 
     def _hear(self, record: Member, sender: NodeId, why: str, *, spread: bool = True) -> None:
         """One record from somebody else."""
+        old = self._roster.members.get(record.node)
         if record.node == self.node:
             self._hear_of_me(record)
             return
-        old = self._roster.get(record.node)
+        if old is not None and old.incarnation > record.incarnation:
+            return  # most of what is heard is old
         if not self._ours(record):
             return
         if old is None and record.state.here and self._roster.size >= MAX_MEMBERS:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 
 from p2p.ids import NodeId
 from p2p.membership.core import MembershipCore
 from p2p.membership.events import Answered, Effect, Event, Failed, Reply, Requested, Send, Tick
-from p2p.membership.message import Join, Message, Probe, encode
+from p2p.membership.message import Join, Message, Ping, Probe, encode
 from p2p.membership.rota import Draw
 
 Watch = Callable[[NodeId, Effect, float], None]
@@ -28,6 +29,11 @@ class Host:
     alive: bool = True
     clock_ms: int = 0  # how far its wall clock is off
     asleep_until: float = 0.0
+    slept: bool = False
+    nap: float = 0.0  # it stands still for this long after the next question it sends
+    naps: Callable[[], tuple[float, float]] | None = (
+        None  # draws how long it goes on, and how long it then stands still
+    )
     backlog: deque[Event] = field(default_factory=deque)  # what came while it slept
     tick_at: float | None = None
 
@@ -74,6 +80,23 @@ class Network:
         host.asleep_until = max(host.asleep_until, self.now + seconds)
         self._push(host.asleep_until, node, None)
 
+    def disturb(self, node: NodeId, naps: Callable[[], tuple[float, float]]) -> None:
+        """Again and again the process goes on for a while and stands still for another: `naps` draws both, in seconds.
+
+        It stops as it sends a question, as blocked processes do (Dadgar et al. 2017, §V-C): the worst moment, since
+        the answer then waits unread.
+        """
+        self.hosts[node].naps = naps
+        self._nap_later(node, naps)
+
+    def _nap_later(self, node: NodeId, naps: Callable[[], tuple[float, float]]) -> None:
+        awake, asleep = naps()
+
+        def drowsy() -> None:
+            self.hosts[node].nap = asleep
+
+        self.at(self.now + awake, drowsy)
+
     def at(self, seconds: float, act: Callable[[], None]) -> None:
         """Calls `act` at that virtual time."""
         self._push(seconds, NodeId(""), act)
@@ -100,13 +123,21 @@ class Network:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _happen(self, node: NodeId, host: Host, event: Event | None) -> None:
-        """None is a deadline of the core or the end of a sleep. A sleeper reads what came first, then its clock."""
+        """None is a deadline of the core or the end of a sleep.
+
+        A sleeper looks at its clock first and reads what came afterwards: the order of an event loop, whose timers run
+        before an answer has made its way through HTTP.
+        """
         if host.asleep_until > self.now:
+            host.slept = True
             if event is not None:
                 host.backlog.append(event)
             return
-        while host.backlog:
-            self._step(node, host, host.backlog.popleft())
+        if host.slept:
+            host.slept = False
+            self._step(node, host, Tick())
+            while host.backlog:
+                self._step(node, host, host.backlog.popleft())
         if event is not None:
             self._step(node, host, event)
             return
@@ -137,6 +168,11 @@ class Network:
 
     def _carry(self, node: NodeId, send: Send) -> None:
         self._tally(node, send.message)
+        asker = self.hosts[node]
+        if asker.nap and asker.naps is not None and isinstance(send.message.body, Ping):
+            self.sleep(node, asker.nap)
+            asker.nap = 0.0
+            self.at(asker.asleep_until, partial(self._nap_later, node, asker.naps))
         target = self._at.get(send.to_address)
         gives_up = self.now + send.timeout_seconds
         host = self.hosts[target] if target is not None else None

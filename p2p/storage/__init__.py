@@ -3,7 +3,7 @@
 Twins: `disk.DiskLog` (SQLite, fsync) and `memory.MemoryLog` (a disk that can be crashed, torn and flipped under test).
 Both pass tests/conformance. The rule for damage is PROTOCOL §2.20: a bad *last* entry that was never acknowledged is a
 torn write and is cut off; anything else is refused, never truncated. `walk` applies it. `identity` tells a store from
-a copy of it.
+a copy of it, `lock` keeps a data directory to one process, `glance` looks at a store without opening it for use.
 
 A log has a beginning that moves: what lies at and before `base` is in a snapshot of the state, and only the term, the
 chain and the configuration there are remembered. Compaction moves it forward entry by entry, an installed snapshot
@@ -19,7 +19,7 @@ from typing import Protocol
 from zlib import crc32
 
 from p2p.effects import COMMAND, Config, Entry, HardState
-from p2p.ids import ClusterId, DiskId, Index, NodeId, Term, VoterId, voter_id
+from p2p.ids import ClusterId, DiskId, Index, NodeId, Term, VoterId, node_of, voter_id
 
 CHAIN_BYTES = 16
 COMPACT_SLICE = 2_000  # entries forgotten between two batches
@@ -130,6 +130,12 @@ class LogStore(Protocol):
     def join(self, cluster: ClusterId) -> None:
         """A blank store becomes one of an existing cluster's. Raises WrongStore if it belongs to another one."""
 
+    def recover(self, cluster: ClusterId, config: Config) -> None:
+        """The majority is lost for good, and a person has decided: this store goes on, alone, as a new cluster's.
+        Appends `config`, of this node only, as the entry of a new term in which it has voted for itself, with every
+        entry up to there acknowledged. What the log held is kept, committed or not: of what lies beyond the last known
+        commit nobody is left who could say. Raises WrongStore for a store that has nothing to go on with."""
+
     def close(self) -> None: ...
 
 
@@ -179,6 +185,14 @@ def check_blank(mine: ClusterId, wanted: ClusterId) -> None:
             f"this store belongs to cluster {mine}, not to {wanted}: one data directory holds one identity. "
             f"Start with another --data-dir, or move this one aside"
         )
+
+
+def check_recovery(mine: ClusterId, wanted: ClusterId, node: NodeId, config: Config, last: Index) -> None:
+    """Raises WrongStore if there is nothing to recover; AssertionError for our own bugs."""
+    assert wanted and wanted != mine, "what is recovered is a cluster of another name"
+    assert len(config.everyone) == 1 and [node_of(voter) for voter in config.voters] == [node], "of this node only"
+    if not mine or not last:
+        raise WrongStore("this store holds no entry of any cluster: there is nothing to recover")
 
 
 def adopted_config(config: Config, old: VoterId, new: VoterId) -> Config:

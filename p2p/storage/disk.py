@@ -34,6 +34,7 @@ from p2p.storage import (
     StorageError,
     WrongStore,
     check_blank,
+    check_recovery,
     check_reset,
     check_truncation,
     meta,
@@ -308,6 +309,23 @@ class DiskLog:
         check_blank(self._state["cluster"], cluster)
         with self._transaction() as changes:
             changes["cluster"] = cluster
+        self._checkpoint_if_there_is_room()
+
+    def recover(self, cluster: ClusterId, config: Config) -> None:
+        """See `p2p.storage.LogStore.recover`."""
+        state = self._state
+        check_recovery(state["cluster"], cluster, NodeId(state["node"]), config, Index(self._end))
+        term = Term(max(int(state["term"]), self.term_at(Index(self._end)) or 0) + 1)
+        entry = Entry(Index(self._end + 1), term, config.encode(), CONFIG)
+        crc, running = sums(self._chain, entry)
+        with self._transaction() as changes:
+            self._run(
+                "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?)",
+                (entry.index, entry.term, crc, running, entry.body, entry.kind),
+            )
+            changes |= {"cluster": cluster, "term": term, "voted_for": config.voters[0], "acked_floor": entry.index}
+        self._chain, self._end, self._floor = running, entry.index, entry.index
+        self._configs.append((entry.index, entry.body))
         self._checkpoint_if_there_is_room()
 
     # -- reading -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from p2p.storage import (
     WrongStore,
     adopted_config,
     check_blank,
+    check_recovery,
     check_reset,
     check_truncation,
     sums,
@@ -256,6 +257,18 @@ class MemoryLog:
         self._can_write()
         self.sync()
         self.identity = Identity(cluster, self.identity.node, self.identity.disk)
+
+    def recover(self, cluster: ClusterId, config: Config) -> None:
+        """See `p2p.storage.LogStore.recover`."""
+        last = Index(self.base + len(self.records))
+        check_recovery(self.identity.cluster, cluster, self.identity.node, config, last)
+        self._can_write()
+        self.sync()
+        term = Term(max(self.hard_state.term, self.term_at(last) or 0) + 1)
+        entry = Entry(Index(last + 1), term, config.encode(), CONFIG)
+        self._write(last, (entry,))
+        self.identity = Identity(cluster, self.identity.node, self.identity.disk)
+        self.hard_state, self.acked_floor = HardState(term, config.voters[0]), entry.index
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

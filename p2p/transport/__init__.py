@@ -31,7 +31,7 @@ from typing import Literal, Protocol
 from p2p.ids import NodeId, VoterId
 
 Channel = Literal["control", "log"]
-MAX_FRAME_BYTES = 8 * 1024 * 1024  # one WebSocket message
+MAX_FRAME_BYTES = 20 * 1024 * 1024  # one WebSocket message; the largest entry is a batch of 16 MiB
 MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES - 4  # one payload in it, behind its length
 
 OnReceive = Callable[[VoterId, bytes], None]  # who sent it, what

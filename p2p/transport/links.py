@@ -212,7 +212,7 @@ class Links:
         """One link from dial to end; see `Dialer`."""
         node = node_of(VoterId(target))
         address = self._resolve(node)
-        if address is None or not self._handshake.cluster:
+        if address is None or not self._handshake.cluster or not self._running:
             return 0.0
         self.counts["dials"] += 1
         try:

@@ -27,7 +27,7 @@ class Limits:
 
 LIMITS = {
     "control": Limits(count=1024, bytes=8 * MiB, drop="oldest"),
-    "log": Limits(count=4096, bytes=16 * MiB, drop="newest"),
+    "log": Limits(count=4096, bytes=40 * MiB, drop="newest"),
     # A tunnel's streams hold their own credit, well below this; what does not fit ends the link, see `tunnel`.
     "tunnel": Limits(count=131_072, bytes=64 * MiB, drop="newest"),
 }

@@ -1,161 +1,310 @@
-"""One voter's decisions: the journal's pointers and the term, under any legal sequence of events."""
+"""The replica as its driver sees it: what an order causes, what is refused, and that a refusal changes nothing."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from p2p.effects import Apply, HardState, Persist
-from p2p.ids import Index, NodeId, Term
-from p2p.journal.core import JournalCore
-from p2p.replica import Applied, Campaign, NotLeader, Persisted, Propose, Replica
+from p2p.effects import Apply, Config, HardState, Persist, ReadFailed, ReadReady, RoleChanged, Send
+from p2p.election.rank import Timers
+from p2p.ids import Index, Term, VoterId
+from p2p.journal.log import LogStart
+from p2p.messages import Append, AppendReply, PreVote, TimeoutNow, Vote, VoteReply
+from p2p.replica import (
+    MAX_READS,
+    Applied,
+    ConfigRefused,
+    Found,
+    NotLeader,
+    Persisted,
+    Propose,
+    Read,
+    Received,
+    Reconfigure,
+    Replica,
+    ReplicaEvent,
+    Tick,
+    Transfer,
+)
+from tests.unit.p2p.interaction import Cluster, voter
 
-A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+A, B = VoterId("a@1"), VoterId("b@1")
 
 
-def replica(term: int = 0, last: int = 0, applied: int = 0) -> Replica:
-    return Replica(A, HardState(Term(term), None), last=Index(last), applied=Index(applied))
+def alone(term: int = 0, last: int = 0, applied: int = 0) -> Replica:
+    """A cluster of one voter, with a log of entries of one term."""
+    runs = ((Index(1), Term(max(term, 1))),) if last else ()
+    start = LogStart(base_config=Config((A,)), last=Index(last), runs=runs)
+    return Replica(A, HardState(Term(term), None), start, applied=Index(applied), now=0.0, draw=lambda: 0.0)
 
 
-# -- the term -------------------------------------------------------------------------------------------------------
+def leading(term: int = 0) -> Replica:
+    """A voter alone that leads, with its no-op on disk and applied."""
+    replica = alone(term)
+    replica.step(Tick(), 0.0)
+    replica.step(Persisted(1), 0.0)
+    replica.step(Persisted(2), 0.0)
+    replica.step(Applied(Index(1)), 0.0)
+    return replica
 
 
-def test_a_campaign_persists_its_vote_in_a_new_term_with_a_no_op() -> None:
-    voter = replica(term=4, last=9, applied=9)
-    (effect,) = voter.step(Campaign())
-    assert isinstance(effect, Persist)
-    assert effect.hard_state == HardState(Term(5), A)
-    assert [(e.index, e.term, e.body) for e in effect.entries] == [(10, 5, b"")]
+# -- one voter, step by step -------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_appended_before_the_no_op_is_on_disk() -> None:
-    voter = replica()
-    voter.step(Campaign())
+def test_a_candidacy_is_a_new_term_and_a_vote_for_itself_on_disk() -> None:
+    replica = alone(term=4, last=9, applied=9)
+    persist, role = replica.step(Tick(), 0.0)
+    assert persist == Persist(1, (), HardState(Term(5), A), Index(9))
+    assert isinstance(role, RoleChanged)
+    assert (role.role, role.term, role.leader) == ("candidate", 5, None)
+
+
+def test_a_leader_begins_with_a_no_op_of_its_term() -> None:
+    replica = alone(term=4, last=9, applied=9)
+    replica.step(Tick(), 0.0)
+    persist, role = replica.step(Persisted(1), 0.0)
+    assert isinstance(persist, Persist)
+    assert [(e.index, e.term, e.body) for e in persist.entries] == [(10, 5, b"")]
+    assert persist.hard_state is None
+    assert role == RoleChanged("leader", Term(5), A, False, "elected")
+
+
+def test_nothing_is_proposed_before_it_leads() -> None:
+    replica = alone()
     with pytest.raises(NotLeader):
-        voter.step(Propose((b"x",)))
-    assert voter.journal.last_index == 1
-    voter.step(Persisted(Index(1)))
-    assert voter.leader == A
-    assert voter.step(Propose((b"x",)))
-
-
-def test_a_voter_that_never_campaigned_appends_nothing() -> None:
+        replica.step(Propose((b"x",)), 0.0)
+    replica.step(Tick(), 0.0)
     with pytest.raises(NotLeader):
-        replica(last=5, applied=5).step(Propose((b"x",)))
+        replica.step(Propose((b"x",)), 0.0)
+    assert replica.journal.last_index == 0
+    replica.step(Persisted(1), 0.0)
+    assert replica.step(Propose((b"x",)), 0.0)
 
 
 def test_the_no_op_commits_what_earlier_terms_left() -> None:
     """Raft §5.4.2: entries of earlier terms are never committed by counting, but along with one of this term."""
-    voter = replica(term=2, last=8, applied=5)
-    assert voter.journal.commit_index == 5
-    voter.step(Campaign())
-    assert voter.step(Persisted(Index(8))) == []
-    assert voter.step(Persisted(Index(9))) == [Apply(Index(9))]
+    replica = alone(term=2, last=8, applied=5)
+    assert replica.journal.commit_index == 5
+    replica.step(Tick(), 0.0)
+    replica.step(Persisted(1), 0.0)
+    assert not replica.established
+    role, apply = replica.step(Persisted(2), 0.0)
+    assert role == RoleChanged("leader", Term(3), A, True, "elected")
+    assert apply == Apply(Index(9))
 
 
-def test_a_proposal_is_applied_only_after_it_is_persisted() -> None:
-    voter = replica()
-    voter.step(Campaign())
-    voter.step(Persisted(Index(1)))
-    (effect,) = voter.step(Propose((b"x", b"y")))
-    assert isinstance(effect, Persist)
-    assert voter.journal.commit_index == 1
-    assert voter.step(Persisted(Index(3))) == [Apply(Index(3))]
+def test_a_proposal_is_applied_only_after_it_is_on_disk() -> None:
+    replica = leading()
+    (persist,) = replica.step(Propose((b"x", b"y")), 0.0)
+    assert isinstance(persist, Persist)
+    assert [e.body for e in persist.entries] == [b"x", b"y"]
+    assert replica.journal.commit_index == 1
+    assert replica.step(Persisted(persist.seq), 0.0) == [Apply(Index(3))]
 
 
-def test_each_persist_carries_the_floor_of_what_is_committed() -> None:
-    voter = replica()
-    voter.step(Campaign())
-    voter.step(Persisted(Index(1)))
-    (first,) = voter.step(Propose((b"x",)))
-    voter.step(Persisted(Index(2)))
-    (second,) = voter.step(Propose((b"y",)))
+def test_each_write_carries_the_floor_of_what_is_committed() -> None:
+    """PROTOCOL §2.20: damage below it is never taken for a torn write."""
+    replica = leading()
+    (first,) = replica.step(Propose((b"x",)), 0.0)
     assert isinstance(first, Persist)
+    replica.step(Persisted(first.seq), 0.0)
+    (second,) = replica.step(Propose((b"y",)), 0.0)
     assert isinstance(second, Persist)
     assert (first.acked_floor, second.acked_floor) == (1, 2)
 
 
-# -- pointers under any sequence --------------------------------------------------------------------------------------
+def test_one_report_may_tell_of_many_writes() -> None:
+    replica = leading()
+    writes = [replica.step(Propose((b"x",)), 0.0)[0] for _ in range(3)]
+    assert isinstance(writes[-1], Persist)
+    assert replica.step(Persisted(writes[-1].seq), 0.0) == [Apply(Index(4))]
 
 
-class Voters(RuleBasedStateMachine):
-    """The leader's journal among three voters: appends, disks that report in any order, applies."""
-
-    @initialize(last=st.integers(0, 5), applied=st.integers(0, 5))
-    def begin(self, last: int, applied: int) -> None:
-        last = max(last, applied)
-        self.core = JournalCore(A, (A, B, C), last=Index(last), applied=Index(applied))
-        self.core.append(Term(1), (b"",))
-        self.no_op = last + 1
-        self.disks = {A: last, B: 0, C: 0}
-        self.told = applied
-
-    @rule(n=st.integers(1, 4))
-    def append(self, n: int) -> None:
-        before = self.core.last_index
-        entries = self.core.append(Term(1), [b"x"] * n)
-        assert [e.index for e in entries] == list(range(before + 1, before + n + 1))
-
-    @rule(voter=st.sampled_from([A, B, C]), share=st.floats(0, 1))
-    def persisted(self, voter: NodeId, share: float) -> None:
-        upto = Index(round(self.core.last_index * share))
-        self.disks[voter] = max(self.disks[voter], upto)
-        before = self.core.commit_index
-        effect = self.core.persisted(voter, upto)
-        by_two = sorted(self.disks.values())[1]
-        assert self.core.commit_index == (max(by_two, before) if by_two >= self.no_op else before)
-        if effect is not None:
-            assert effect.upto == self.core.commit_index > before
-
-    @precondition(lambda self: self.core.commit_index > self.core.applied_index)
-    @rule(share=st.floats(0, 1))
-    def applied(self, share: float) -> None:
-        gap = self.core.commit_index - self.core.applied_index
-        self.core.applied(Index(self.core.applied_index + round(gap * share)))
-
-    @invariant()
-    def pointers_agree_and_never_go_back(self) -> None:
-        core = self.core
-        core.check_invariants()
-        assert core.commit_index >= self.told
-        self.told = core.commit_index
+def test_a_read_alone_is_answered_at_once() -> None:
+    assert leading().step(Read(7), 0.0) == [ReadReady(7, Index(1))]
 
 
-TestVoters = Voters.TestCase
+def test_a_founded_store_leads_at_once() -> None:
+    """PROTOCOL §2.9: one voter, immediately."""
+    blank = Replica(A, HardState(Term(0), None), LogStart(), applied=Index(0), now=0.0, draw=lambda: 0.0)
+    assert blank.next_deadline() is None
+    blank.step(Found(Config((A,))), 5.0)
+    assert blank.next_deadline() == 5.0
+    blank.step(Tick(), 5.0)
+    blank.step(Persisted(1), 5.0)
+    assert blank.leader == A
 
 
-@given(st.integers(0, 20), st.integers(0, 20))
-def test_applying_outside_the_committed_log_is_our_own_bug_and_stops_us(committed: int, upto: int) -> None:
-    core = JournalCore(A, (A,), last=Index(committed), applied=Index(0))
-    core.commit_index = Index(committed)
-    if upto <= committed:
-        core.applied(Index(upto))
-    else:
-        with pytest.raises(AssertionError):
-            core.applied(Index(upto))
+def test_a_store_in_no_configuration_waits_for_a_leader() -> None:
+    blank = Replica(A, HardState(Term(0), None), LogStart(), applied=Index(0), now=0.0, draw=lambda: 0.0)
+    assert blank.next_deadline() is None
+    assert blank.step(Tick(), 99.0) == []
+    assert blank.role == "follower"
 
 
-def test_a_disk_that_claims_what_was_never_written_stops_us() -> None:
-    with pytest.raises(AssertionError, match="beyond the last entry"):
-        JournalCore(A, (A,), last=Index(3), applied=Index(3)).persisted(A, Index(4))
+# -- refusals change nothing -------------------------------------------------------------------------------------------
 
 
-BROKEN = {
-    "committed beyond what a majority holds": ("commit_index", 5),
-    "applied beyond committed": ("applied_index", 4),
-    "last below committed": ("last_index", 2),
+def members(voters: str, learners: str = "") -> Config:
+    return Config(tuple(map(voter, voters.split())), tuple(map(voter, learners.split())))
+
+
+ORDERS: dict[str, tuple[str, ReplicaEvent, type[Exception]]] = {
+    "a proposal to a follower": ("n1", Propose((b"x",)), NotLeader),
+    "a change ordered from a follower": ("n1", Reconfigure(members("n1 n2")), NotLeader),
+    "a transfer ordered from a follower": ("n1", Transfer(voter("n2")), NotLeader),
+    "no voters at all": ("n3", Reconfigure(members("")), ConfigRefused),
+    "two voters less": ("n3", Reconfigure(members("n3", "n4")), ConfigRefused),
+    "a voter that was no learner": ("n3", Reconfigure(members("n1 n2 n3 n9", "n4")), ConfigRefused),
+    "a voter that is a learner too": ("n3", Reconfigure(members("n1 n2 n3", "n3 n4")), ConfigRefused),
+    "a transfer to the leader itself": ("n3", Transfer(voter("n3")), ConfigRefused),
+    "a transfer to a learner": ("n3", Transfer(voter("n4")), ConfigRefused),
+    "a transfer to a stranger": ("n3", Transfer(voter("n9")), ConfigRefused),
 }
 
 
-@pytest.mark.parametrize(("pointer", "value"), BROKEN.values(), ids=BROKEN)
-def test_the_invariants_notice_broken_pointers(pointer: str, value: int) -> None:
-    core = JournalCore(A, (A, B, C), last=Index(6), applied=Index(3))
-    core.check_invariants()
-    setattr(core, pointer, Index(value))
-    with pytest.raises(AssertionError):
-        core.check_invariants()
+def everything(replica: Replica) -> dict[str, Any]:
+    """What a replica is, without what cannot be compared."""
+    parts = copy.deepcopy({k: v for k, v in vars(replica).items() if k not in ("journal", "election")})
+    parts |= {f"journal.{k}": copy.deepcopy(v) for k, v in vars(replica.journal).items() if k != "log"}
+    parts |= {f"log.{k}": copy.deepcopy(v) for k, v in vars(replica.journal.log).items()}
+    parts |= {f"election.{k}": copy.deepcopy(v) for k, v in vars(replica.election).items() if k != "_draw"}
+    return parts
+
+
+@pytest.mark.parametrize(("node", "order", "refusal"), ORDERS.values(), ids=ORDERS)
+def test_an_order_that_is_refused_changes_nothing(node: str, order: ReplicaEvent, refusal: type[Exception]) -> None:
+    cluster = Cluster(3, learners=1)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.5)
+    before = everything(cluster.nodes[node].replica)
+    with pytest.raises(refusal):
+        cluster.step(node, order)
+    assert everything(cluster.nodes[node].replica) == before
+
+
+def test_what_the_time_alone_changed_comes_with_the_next_step() -> None:
+    """The order finds a leader that has just stopped being one."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    replica = cluster.nodes["n3"].replica
+    replica.step(Read(7), cluster.now)
+    with pytest.raises(NotLeader):
+        replica.step(Propose((b"x",)), cluster.now + 9)
+    effects = replica.step(Tick(), cluster.now + 9)
+    assert ReadFailed(7) in effects
+    assert any(isinstance(effect, RoleChanged) and effect.role == "follower" for effect in effects)
+
+
+def test_a_change_to_what_is_so_already_is_done_already() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    assert cluster.step("n3", Reconfigure(members("n3 n1 n2"))) == []
+
+
+def test_what_waits_to_be_read_is_bounded() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.isolate = None  # type: ignore[attr-defined]
+    replica = cluster.nodes["n3"].replica
+    for context in range(MAX_READS):
+        assert ReadFailed(context) not in replica.step(Read(context), cluster.now)
+    assert ReadFailed(MAX_READS) in replica.step(Read(MAX_READS), cluster.now)
+
+
+# -- what a peer may say -----------------------------------------------------------------------------------------------
+
+NONSENSE = {
+    "a vote that was not asked for": VoteReply(Term(1), True, ""),
+    "an acknowledgement to one that does not lead": AppendReply(
+        Term(1), True, Index(9), Term(0), Index(0), Index(9), 1, 0, True
+    ),
+    "an order to stand by one that does not lead": TimeoutNow(Term(1), Index(1)),
+    "an append of a second leader of this term": Append(Term(1), Index(0), Term(0), (), Index(1), 1, ()),
+}
+
+
+@pytest.mark.parametrize("message", NONSENSE.values(), ids=NONSENSE)
+def test_what_makes_no_sense_changes_nothing(message: Any) -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    replica = cluster.nodes["n1"].replica
+    before = everything(replica)
+    before.pop("dropped")
+    assert cluster.step("n1", Received(voter("n2"), message)) == []
+    after = everything(replica)
+    after.pop("dropped")
+    assert after == before
+
+
+def test_a_second_leader_of_ones_own_term_is_dropped_and_counted() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    assert cluster.step("n3", Received(voter("n2"), Append(Term(1), Index(0), Term(0), (), Index(0), 1, ()))) == []
+    assert cluster.nodes["n3"].replica.dropped == 1
+    assert cluster.nodes["n3"].replica.role == "leader"
+
+
+def test_an_answer_to_what_was_never_sent_is_not_counted() -> None:
+    """Its round is of the future: it would keep a leader that nobody follows."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.step("n3", Propose((b"x",)))
+    cluster.sync("n3")
+    replica = cluster.nodes["n3"].replica
+    ahead = AppendReply(Term(1), True, Index(2), Term(0), Index(0), Index(2), replica._round + 1, 0, True)
+    cluster.receive("n3", "n1", ahead)
+    assert replica.journal.commit_index == 1
+    cluster.receive("n3", "n1", ahead._replace(round=replica._round))
+    assert replica.journal.commit_index == 2
+
+
+def test_an_answer_of_an_earlier_term_is_not_counted() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.crash("n3")
+    cluster.restart("n3")
+    cluster.elect("n3")
+    cluster.step("n3", Propose((b"x",)))
+    cluster.sync("n3")
+    replica = cluster.nodes["n3"].replica
+    old = AppendReply(Term(1), True, Index(3), Term(0), Index(0), Index(3), replica._round, 0, True)
+    cluster.receive("n3", "n1", old)
+    assert replica.journal.commit_index == 2
+
+
+def test_a_later_term_in_any_answer_deposes() -> None:
+    for message in [
+        VoteReply(Term(9), False, "term"),
+        AppendReply(Term(9), False, Index(0), Term(0), Index(0), Index(0), 0, 0, False),
+        Append(Term(9), Index(0), Term(0), (), Index(0), 1, ()),
+        Vote(Term(9), Index(9), Term(8), True),
+    ]:
+        cluster = Cluster(3)
+        cluster.elect("n3")
+        effects = cluster.step("n3", Received(voter("n1"), message))
+        replica = cluster.nodes["n3"].replica
+        assert (replica.role, replica.term) == ("follower", 9)
+        assert any(isinstance(e, Persist) and e.hard_state and e.hard_state.term == 9 for e in effects)
+
+
+def test_a_question_about_a_later_term_deposes_nobody() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    ask = PreVote(Term(8), Term(9), Index(9), Term(8), 9)
+    for name in ("n1", "n3"):
+        (reply,) = cluster.step(name, Received(voter("n2"), ask))
+        assert isinstance(reply, Send)
+        assert reply.message[2:] == (False, "lease")
+        assert cluster.nodes[name].replica.term == 1
+
+
+# -- a voter alone, its disk, its machine ------------------------------------------------------------------------------
 
 
 class OneVoter(RuleBasedStateMachine):
@@ -164,45 +313,62 @@ class OneVoter(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.hard = HardState(Term(0), None)
+        self.runs: list[tuple[Index, Term]] = []
         self.disk_last = self.applied = self.acked = 0
+        self.now = 0.0
         self.restart()
 
     @rule()
     def restart(self) -> None:
-        self.voter = Replica(A, self.hard, last=Index(self.disk_last), applied=Index(self.applied))
+        start = LogStart(base_config=Config((A,)), last=Index(self.disk_last), runs=tuple(self.runs))
+        self.voter = Replica(
+            A, self.hard, start, applied=Index(self.applied), now=self.now, draw=lambda: 0.0, timers=Timers()
+        )
         assert self.voter.term == self.hard.term
-        (effect,) = self.voter.step(Campaign())
-        self.pending = [effect]
+        self.pending: list[Persist] = []
+        self.take(self.voter.step(Tick(), self.now))
 
-    @precondition(lambda self: not self.pending and self.voter.leader == A)
+    def take(self, effects: list[Any]) -> None:
+        for effect in effects:
+            if isinstance(effect, Persist):
+                self.pending.append(effect)
+            elif isinstance(effect, Apply):
+                assert effect.upto <= self.disk_last
+                self.acked = effect.upto
+
+    @precondition(lambda self: self.voter.role == "leader")
     @rule(n=st.integers(1, 3))
     def propose(self, n: int) -> None:
-        self.pending = self.voter.step(Propose((b"x",) * n))
+        self.take(self.voter.step(Propose((b"x",) * n), self.now))
 
     @precondition(lambda self: self.pending)
     @rule()
     def sync(self) -> None:
-        (effect,) = self.pending
-        assert isinstance(effect, Persist)
-        self.pending = []
-        assert effect.acked_floor <= self.disk_last
-        if effect.hard_state is not None:
-            assert effect.hard_state.term > self.hard.term
-            self.hard = effect.hard_state
-        assert effect.entries[0].index == self.disk_last + 1
-        assert {e.term for e in effect.entries} == {self.hard.term}
-        self.disk_last = effect.entries[-1].index
-        for outcome in self.voter.step(Persisted(Index(self.disk_last))):
-            assert isinstance(outcome, Apply)
-            assert outcome.upto <= self.disk_last
-            self.acked = outcome.upto
+        write = self.pending.pop(0)
+        assert write.acked_floor <= self.disk_last
+        assert write.truncate is None
+        if write.hard_state is not None:
+            assert write.hard_state.term > self.hard.term
+            self.hard = write.hard_state
+        for entry in write.entries:
+            assert entry.index == self.disk_last + 1
+            assert entry.term == self.hard.term
+            if not self.runs or self.runs[-1][1] != entry.term:
+                self.runs.append((entry.index, entry.term))
+            self.disk_last = entry.index
+        self.take(self.voter.step(Persisted(write.seq), self.now))
 
     @precondition(lambda self: self.acked > self.applied)
     @rule()
     def apply(self) -> None:
         if self.voter.journal.commit_index >= self.acked:
             self.applied = self.acked
-            self.voter.step(Applied(Index(self.applied)))
+            self.voter.step(Applied(Index(self.applied)), self.now)
+
+    @rule(more=st.sampled_from([0.01, 0.1, 2.0]))
+    def wait(self, more: float) -> None:
+        self.now += more
+        self.take(self.voter.step(Tick(), self.now))
 
     @invariant()
     def holds(self) -> None:
@@ -212,3 +378,4 @@ class OneVoter(RuleBasedStateMachine):
 
 
 TestOneVoter = OneVoter.TestCase
+TestOneVoter.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)

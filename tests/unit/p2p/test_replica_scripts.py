@@ -1,7 +1,7 @@
 """Clusters of replicas as scripts: tests/data/raft holds them, with what happened when they were last looked at.
 
-``P2P_REGENERATE=1`` writes what happens now; the difference is then to be reviewed like code. How a script reads is told
-in `tests.unit.p2p.scripts`.
+``P2P_REGENERATE=1`` writes what happens now; the difference is then to be reviewed like code. How a script reads is
+told in `tests.unit.p2p.scripts`.
 """
 
 from __future__ import annotations

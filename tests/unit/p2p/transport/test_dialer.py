@@ -160,7 +160,7 @@ async def test_dialling_ends_when_nothing_is_sent_any_more() -> None:
     began = loop.time()
     await dialer(lambda: times.append(loop.time()) or 0.0).run()  # type: ignore[func-returns-value]
     assert 0.03 <= loop.time() - began < 5
-    assert 5 <= len(times) <= 40  # with the backoff; without, hundreds
+    assert 2 <= len(times) <= 40  # with the backoff; without, hundreds
 
 
 async def test_a_held_link_is_dialled_for_ever() -> None:
@@ -212,7 +212,7 @@ async def test_what_waited_for_a_failed_attempt_is_dropped() -> None:
 @pytest.mark.parametrize(("stood", "most"), [(0.0, 12), (99.0, 1000)], ids=["fails", "stood"])
 async def test_the_backoff_grows_only_while_links_do_not_stand(stood: float, most: int) -> None:
     seen: list[int] = []
-    timing = replace(Timing(), backoff_min_seconds=0.001, backoff_max_seconds=1.0, wanted_seconds=0.2)
+    timing = replace(Timing(), backoff_min_seconds=0.001, backoff_max_seconds=1.0, wanted_seconds=0.5)
     await dialer(lambda: seen.append(1) or stood, timing).run()  # type: ignore[func-returns-value]
     assert len(seen) <= most
     assert (len(seen) > 20) is (stood > 0)

@@ -115,12 +115,12 @@ async def world() -> AsyncIterator[World]:
 
 
 async def test_a_request_and_its_answer_travel_whole(world: World) -> None:
-    async with await world.get("/jobs/7/logs?stream=stdout&tail=2&q=%C3%BC+x") as response:
+    async with await world.get("/jobs/%37/logs?stream=stdout&tail=2&q=%C3%BC+x") as response:
         assert response.status == 200
         assert ("X-Mine", "1") in response.headers
-        assert await response.read() == b"answer to /jobs/7/logs?stream=stdout&tail=2&q=%C3%BC+x"
+        assert await response.read() == b"answer to /jobs/%37/logs?stream=stdout&tail=2&q=%C3%BC+x"
     ((method, path, _, body),) = world.site.requests
-    assert (method, path, body) == ("GET", "/jobs/7/logs?stream=stdout&tail=2&q=%C3%BC+x", b"")
+    assert (method, path, body) == ("GET", "/jobs/%37/logs?stream=stdout&tail=2&q=%C3%BC+x", b"")
     assert world.busy() == 0
 
 
@@ -379,6 +379,15 @@ async def test_a_broken_link_ends_the_answers_on_it(world: World) -> None:
             pass
     await world.site.until(lambda: world.site.left == 1)
     await persist(lambda: None, lambda: world.busy() == 0)
+
+
+async def test_an_answer_that_has_come_whole_outlives_its_link(world: World) -> None:
+    response = await world.get("/x")
+    await persist(lambda: None, lambda: response._stream._ended)
+    (link,) = [link for link in world.anchor.transport._table.links if link.channel == CHANNEL]
+    link.sever()
+    await persist(lambda: None, lambda: link not in world.anchor.transport._table)
+    assert await response.read() == b"answer to /x"
 
 
 async def test_a_broken_link_ends_who_waits_for_an_answer(world: World) -> None:
