@@ -124,6 +124,8 @@ class ClusterSettings(Section):
     young_steady_seconds: float = Field(5, ge=0, description="the same, while there are fewer voters than voter_target")
     replace_dead_after_seconds: float = Field(600, ge=5, description="a dead voter is replaced after this")
     max_clock_skew_seconds: float = Field(30, gt=0, description="whose clock is further off is refused at join")
+    snapshot_entries: int = Field(50_000, ge=10, description="a snapshot is made after this many entries of the journal")
+    keep_entries: int = Field(10_000, ge=0, description="entries kept behind a snapshot; who lacks more is sent one")
 
     @field_validator("voter_target")
     @classmethod
@@ -177,6 +179,8 @@ class Settings(Section):
     @classmethod
     def _many_peers(cls, value: Any) -> Any:
         peers = tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if isinstance(value, str) and not peers:  # an unset variable must not found a cluster of its own
+            raise ValueError("is empty; a node that is to begin a cluster of its own is started without it")
         if isinstance(peers, list | tuple):
             wrong = next((peer for peer in peers if not isinstance(peer, str) or not is_address(peer)), None)
             if wrong is not None:

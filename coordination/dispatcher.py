@@ -34,6 +34,7 @@ PROPOSE_SECONDS = 10.0
 CLEAR_SLICE = 2_000
 VALIDATE_SLICE = 100  # jobs validated between two turns of the event loop
 MAX_WORKERS = 10_000
+ARRIVAL_SHARE = 1 / 6  # of a lease: how long a claimed job may be on its way before a worker without it has lost it
 LAPSES = frozenset({"lease_lapsed", "timeout", "never_started", "no_sign_of_life"})
 
 
@@ -308,11 +309,17 @@ class Dispatcher:
 
     # -- heartbeats and results --------------------------------------------------------------------------------
 
-    async def heartbeat(self, worker: str, beats: list[Beat], *, first: bool) -> tuple[list[str], list[str]]:
+    async def heartbeat(
+        self, worker: str, beats: list[Beat], *, first: bool, whole: bool = False
+    ) -> tuple[list[str], list[str]]:
         """Renews leases and records starts; answers (stale ids, cancelled ids), which the worker kills.
 
         `first` marks a worker's first word after a start: the list is then all it has, and what the books say it
         holds beyond that was claimed by its former self and never reached a process: it goes back, unspent.
+
+        `whole` says that the list is all that the worker has, whenever it is: what it was given a while ago, never
+        started and does not list is a claim whose answer was lost, say because the leader changed. It goes back unspent
+        too, rather than wait for its lease to run out. Should the answer arrive after all, its attempt is stale.
         """
         self.check_leads()
         now = self._clock.mono_ms()
@@ -333,6 +340,12 @@ class Dispatcher:
             lost = [job for job, mine in held.items() if Claimant(job, mine.attempt) not in listed]
             if lost:
                 await self.release_those_held(lost, "its worker restarted without it")
+        elif whole:
+            lost = self.leases.never_arrived(
+                worker, [beat.signs.job for beat in beats], now, round(self.leases.lease_ms * ARRIVAL_SHARE)
+            )
+            if lost:
+                await self.release_those_held(lost, "its worker was never told of it")
         return stale, cancel
 
     def _is_new_start(self, worker: str, beat: Beat) -> bool:

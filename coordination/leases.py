@@ -8,6 +8,7 @@ PROTOCOL §2.14); they are compared only with each other.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -143,6 +144,15 @@ class LeaseTable:
             held.cpu_seconds = sign.cpu_seconds  # may fall, when a process that nobody waited for has gone
         if sign.progress is not None:
             held.progress = sign.progress
+
+    def never_arrived(self, worker: str, listed: Collection[str], now: int, patience_ms: int) -> list[str]:
+        """The jobs given to a worker at least `patience_ms` ago that have not started, and that are not among all it
+        says it has: it was never told of them. What it has once listed was renewed since, and is none of them."""
+        return [
+            held.job
+            for held in self.by_worker.get(worker, {}).values()
+            if held.started_ms is None and held.job not in listed and now - held.renewed_at >= patience_ms
+        ]
 
     def take_notices(self, worker: str) -> list[Claimant]:
         """The attempts this worker must kill and has not been told of. Should the telling be lost, `renew` repeats it

@@ -48,6 +48,10 @@ ROUTES: dict[str, tuple[str, str]] = {
 }
 
 
+READING = frozenset(name for name, (method, _) in ROUTES.items() if method == "GET")
+OF_ONE_NODE = frozenset({"status", "daemons", "daemon_restart", "daemon_start", "daemon_stop"})
+
+
 class Backend(Protocol):
     """Carries out one operation and answers its JSON object. Blocks for as long as that takes."""
 
@@ -56,12 +60,17 @@ class Backend(Protocol):
 
 class LiveBackend:
     """The operations of this very process. A call from inside the node's event loop must not wait for that loop, so
-    each runs on a short-lived loop of its own thread; the operations need nothing of the main one."""
+    each runs on a short-lived loop of its own thread; the operations need nothing of the main one.
 
-    def __init__(self, operations: Any) -> None:
-        self._operations = operations
+    `elsewhere(operation)` tells who carries it out if this node does not: the leader. It may raise Refused (503)."""
+
+    def __init__(self, operations: Any, *, elsewhere: Callable[[str], Backend | None] = lambda operation: None) -> None:
+        self._operations, self._elsewhere = operations, elsewhere
 
     def call(self, operation: str, **arguments: Any) -> Answer:
+        other = self._elsewhere(operation)
+        if other is not None:
+            return other.call(operation, **arguments)
         method: Callable[..., Coroutine[Any, Any, dict[str, Any]]] = getattr(self._operations, operation)
         outcome: list[Any] = []
 
@@ -132,6 +141,14 @@ class HttpBackend:
             return response.status, json.loads(raw)
         except ValueError:
             return response.status, {"detail": raw[:500].decode("utf-8", "replace")}
+
+
+def on_loop(loop: asyncio.AbstractEventLoop | None) -> bool:
+    """Whether this is called on that event loop's thread, inside it."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
 
 
 _live: Backend | None = None

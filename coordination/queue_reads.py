@@ -7,8 +7,10 @@ Times leave here as unix seconds (floats), as people and the operators' API use 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import apsw
@@ -17,6 +19,7 @@ from coordination.sql import statements
 
 MAX_PAGE = 1_000
 PAGE_BYTES = 2 << 20  # of what the jobs of one page carry: turning a page into text holds up every other answer
+REOPEN_SECONDS = 5.0
 SCAN_LIMIT = 20_000  # rows one page of a filtered listing may look at
 
 
@@ -53,11 +56,30 @@ class QueueReader:
     """Answers questions about the queue at its newest applied entry."""
 
     def __init__(self, path: str) -> None:
-        self._db = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
+        self._path = path
+        self._q = statements()
+        self._open()
+
+    def _open(self) -> None:
+        self._file = Path(self._path).stat().st_ino
+        self._db = apsw.Connection(self._path, flags=apsw.SQLITE_OPEN_READONLY)
         self._db.set_busy_timeout(5_000)
         for pragma in ("query_only=ON", "mmap_size=0", "cache_size=-4000"):
             self._db.execute(f"PRAGMA {pragma}").fetchall()
-        self._q = statements()
+
+    def _follow_the_file(self) -> None:
+        """A leader's snapshot is put in place of the file (`QueueState.replace`); this connection would go on reading
+        the old one for ever. Until the state machine has opened the new one it cannot be read."""
+        deadline = time.monotonic() + REOPEN_SECONDS
+        while Path(self._path).stat().st_ino != self._file:
+            self._db.close()
+            try:
+                self._open()
+            except apsw.CantOpenError:
+                self._file = 0
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def close(self) -> None:
         self._db.close()
@@ -77,6 +99,7 @@ class QueueReader:
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """Within it every answer is of the same moment."""
+        self._follow_the_file()
         self._db.execute("BEGIN")
         try:
             yield

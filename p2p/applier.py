@@ -56,6 +56,7 @@ class Snapshots(NamedTuple):
     least_bytes: int
     describe: Callable[[int], tuple[bytes, Config] | None]
     made: Callable[[int, int], None]  # (index of the newest snapshot, up to where the log may be forgotten)
+    trailing: int | None = None  # entries kept behind it; None: TRAILING_ENTRIES
 
 
 class Applier:
@@ -236,6 +237,7 @@ class Applier:
         self.snapshot_index = made.at_index
         # Up to the older of two, so that either of them and the log make the state, should the other be damaged.
         oldest = kept[-1].at_index if len(kept) > 1 else 0
-        upto = min(oldest, made.at_index - TRAILING_ENTRIES, self._durable_applied)
+        trailing = TRAILING_ENTRIES if setup.trailing is None else setup.trailing
+        upto = min(oldest, made.at_index - trailing, self._durable_applied)
         setup.made(made.at_index, max(upto, 0))
         self._snapshot_asked = False

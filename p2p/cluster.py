@@ -281,10 +281,14 @@ class Cluster:
 
     def _listen_to_gossip(self) -> None:
         """A voter that has been cut off for long may have been replaced meanwhile: its replica waits for a leader that
-        will not speak to it, in a term that gossip has told of already. A wrong hint costs a refused request."""
+        will not speak to it, in a term that gossip has told of already. Only of one that has
+        spoken since: what is sent to a frozen leader ends as nobody knows, what is kept here as certainly not done."""
         self._leaderless = self._leaderless + 1 if self.leadership.leader.node is None else 0
-        if self._leaderless > HEARSAY_TURNS:
-            self._hinted(self.gossip.leader_hint)
+        hint = self.gossip.leader_hint
+        if self._leaderless > HEARSAY_TURNS and hint.leader is not None:
+            age = self.gossip.last_seen_age(hint.leader)
+            if age is not None and age < (self._leaderless - 1) * AUTOPILOT_SECONDS:
+                self._hinted(hint)
 
     def _votes(self) -> bool:
         return self.me in self.view().config.voters
@@ -358,7 +362,7 @@ class Cluster:
         return {
             "node": me.node, "disk": me.disk, "cluster": me.cluster, "priority": me.priority,
             "addresses": list(me.addresses), "version": me.version, "protocol": me.protocol, "time_ms": me.time_ms,
-            "dialable": me.dialable,
+            "dialable": me.dialable, "votes": me.votes,
         }  # fmt: skip
 
     def _hello(self) -> formation.Hello:
@@ -372,6 +376,7 @@ class Cluster:
             protocol=PROTOCOL,
             time_ms=self._clock.now_ms(),
             dialable=self.address is not None,
+            votes=self._wish is not False,
         )
 
     async def confirms(self, members: list[tuple[str, str]]) -> str:

@@ -173,6 +173,7 @@ class Driver:
         snapshots: Path | None = None,
         snapshot_entries: int = 50_000,
         snapshot_bytes: int = 64 << 20,
+        keep_entries: int | None = None,
         clock: Callable[[], float] = boot_seconds,
         on_fatal: Callable[[str], None] = die,
     ) -> None:
@@ -184,7 +185,13 @@ class Driver:
         setup = None
         if snapshots is not None and state_path is not None:
             setup = Snapshots(
-                state_path, snapshots, snapshot_entries, snapshot_bytes, self._describe, self._snapshot_made
+                state_path,
+                snapshots,
+                snapshot_entries,
+                snapshot_bytes,
+                self._describe,
+                self._snapshot_made,
+                keep_entries,
             )
         self._wake = threading.Condition()
         self._inbox: deque[ReplicaEvent | Callable[[], None]] = deque()

@@ -29,6 +29,7 @@ class Hello:
     protocol: int
     time_ms: int
     dialable: bool = True
+    votes: bool = True  # False: it was told never to
 
 
 class Wait(NamedTuple):
@@ -106,7 +107,9 @@ def decide(me: Hello, asked: Mapping[str, Hello | str]) -> Decision:
         return Wait(f"no peer belongs to a cluster yet, and {address}{more} cannot be reached ({why})")
     if not me.dialable and not others:
         return Wait("nobody else is there yet, and this node cannot be dialled")
-    candidates = [me, *others.values()] if me.dialable else [*others.values()]
+    candidates = [hello for hello in (me, *others.values()) if hello.dialable and hello.votes]
+    if not candidates:
+        return Wait("none of the nodes that are there may vote and can be dialled: start one without --no-voter")
     founder = max(candidates, key=lambda hello: order(hello.priority, voter_id(hello.node, hello.disk)))
     if founder.disk != me.disk:
         return Wait(f"{founder.node} is to found the cluster")

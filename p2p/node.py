@@ -74,6 +74,7 @@ T = TypeVar("T")
 RETRY_SECONDS = 0.2
 SAY_EVERY_SECONDS = 5.0
 QUEUE_PART_SECONDS = 0.7
+HIDDEN_PRIORITY = -10_000  # of a voter that nobody can dial: it leads only until another can
 STALE_SECONDS = 3.0  # a copy that has not heard its leader for so long has none
 SUSPECT = "state.suspect"  # left by a run that found the state damaged: the next start restores it
 
@@ -116,6 +117,7 @@ class Node:
         self.port = settings.port
         self.draining = False
         self._stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._refused = ""  # why the cluster has no place for this node
         self._alerts = AlertBook(self.bus)
         self.resources: Resources | None = None
@@ -147,6 +149,7 @@ class Node:
     async def start(self) -> None:
         """Raises StartError with a sentence for the person at the terminal."""
         settings = self.settings
+        self._loop = asyncio.get_running_loop()
         private, open_to_umask = 0o700, 0o777  # the environments of jobs lie in the data directory
         for folder, mode in ((settings.data_dir, private), (settings.log_dir, open_to_umask)):
             try:
@@ -207,11 +210,30 @@ class Node:
             self._open_workplace()
         self.supervisor.start_all()
         self._undo.append(self.supervisor.stop_all)
-        live.set_live(live.LiveBackend(self.operations))
+        live.set_live(live.LiveBackend(self.operations, elsewhere=self._elsewhere))
         self._undo.append(lambda: live.set_live(None))
         self.bus.publish([Event(E.NODE_JOINED, self.clock.now_ms(), {"node": settings.node_id, "version": version()})])
         gc.collect()
         gc.freeze()
+
+    def _elsewhere(self, operation: str) -> live.Backend | None:
+        """Who carries out an operator's call that was made inside this process: None is this node itself. Called on
+        any thread. Raises Refused (503)."""
+        if operation in live.OF_ONE_NODE:
+            return None
+        if self.desk.leads:
+            if operation not in live.READING and not self.cluster.needs_nobody() and live.on_loop(self._loop):
+                raise Refused(
+                    503,
+                    "this call waits for other voters, whom this very event loop speaks to: make it "
+                    "from a thread (asyncio.to_thread); nothing was done",
+                )
+            return None
+        leader = self.leadership.leader
+        if leader.node is None or leader.address is None or leader.node == self.settings.node_id:
+            raise Refused(503, "nobody is known to lead; nothing was done")
+        token = self.settings.auth_token
+        return live.HttpBackend(f"http://{leader.address}", token.get_secret_value() if token else None)
 
     async def stop(self) -> None:
         """Undoes what was started, last first; safe after a start that failed half way."""
@@ -329,7 +351,7 @@ class Node:
             now=boot_seconds(),
             draw=random.Random(secrets.randbits(64)).random,  # noqa: S311 - jitter, not secrets
             timers=timers,
-            priority=self.settings.priority,
+            priority=self.settings.priority if self.cluster.address is not None else HIDDEN_PRIORITY,
         )
         return Driver(
             replica,
@@ -341,6 +363,8 @@ class Node:
             download=self.cluster.download,
             state_path=self._state_path,
             snapshots=self.cluster.snapshots,
+            snapshot_entries=policy.snapshot_entries,
+            keep_entries=policy.keep_entries,
             on_fatal=self._fatal,
         )
 
@@ -395,9 +419,14 @@ class Node:
                 view = self.driver.view
                 log.info("replaying the journal: entry %d of %d", view.applied_index, view.commit_index)
             caught_up.result()
-        except (NotLeader, Stopped):
+        except NotLeader:
+            if self.driver.view.established:
+                raise  # it could not be answered now, and nothing will happen by itself: ask again
             return  # deposed meanwhile: the next change says what is to be done
+        except Stopped:
+            return
         await self.desk.begin_term()
+        self.leadership.opened()
         self._opened.set()
 
     async def _first_office(self) -> None:
@@ -618,14 +647,19 @@ class Node:
         if self.desk.leads:
             return await self.operations.queue_status()
         leader = self.leadership.leader
-        ways = [leader.address] if leader.node not in (None, self.settings.node_id) else []
+        asked = [[str(leader.address)]] if leader.node not in (None, self.settings.node_id) else []
         if not self.cluster.has_copy():
-            ways += [address for _, address in self.cluster.copies()[:2]]
-        for way in ways:
-            try:
-                # As one who was asked by another would be: from what it has, without asking further.
-                path = "/work_queue_status?consistency=stale"
-                return dict(await self.peers.call("GET", str(way), path, seconds=QUEUE_PART_SECONDS))
-            except (PeerUnreachable, PeerRefused):
-                continue
+            asked.append([address for node, address in self.cluster.copies() if node != leader.node][:2])
+        for at_once in asked:
+            for told in await asyncio.gather(*(self._queue_part_of(address) for address in at_once)):
+                if told is not None:
+                    return told
         return await self.operations.queue_status() if self.cluster.has_copy() else None
+
+    async def _queue_part_of(self, address: str) -> dict[str, Any] | None:
+        """As a node tells it that is asked by another: from what it has, without asking further."""
+        path = "/work_queue_status?consistency=stale"
+        try:
+            return dict(await self.peers.call("GET", address, path, seconds=QUEUE_PART_SECONDS))
+        except (PeerUnreachable, PeerRefused):
+            return None

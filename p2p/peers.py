@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -67,10 +68,18 @@ class Peers:
             raise PeerRefused(answer.status, str(answer.reason))
         return raw
 
-    async def call(self, method: str, address: str, path: str, body: Any = None, *, seconds: float) -> Any:
+    async def call(
+        self,
+        method: str,
+        address: str,
+        path: str,
+        body: Any = None,
+        *,
+        seconds: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         """The unpacked body of a 2xx answer. Raises PeerUnreachable or PeerRefused."""
         raw = msgpack.packb(body) if body is not None else None
-        headers = {"Content-Type": PACKED, "Accept": PACKED}
         try:
             async with (
                 asyncio.timeout(seconds),
@@ -78,7 +87,8 @@ class Peers:
                     method,
                     f"http://{address}{path}",
                     data=raw,
-                    headers=headers,
+                    headers={"Content-Type": PACKED, "Accept": PACKED, **(headers or {})},
+                    allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(seconds, CONNECT_SECONDS)),
                 ) as answer,
             ):
@@ -87,10 +97,11 @@ class Peers:
                     about = told if isinstance(told, dict) else {}
                     raise PeerRefused(answer.status, str(about.get("detail", answer.reason)), about.get("field"))
                 return told
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
+            cause = getattr(error, "os_error", None) or error
+            raise PeerUnreachable(address, str(cause) or type(cause).__name__, sent=False) from None
         except TimeoutError:
             raise PeerUnreachable(address, f"no answer within {seconds:g} s", sent=True) from None
-        except aiohttp.ClientConnectorError as error:
-            raise PeerUnreachable(address, str(error.os_error or error), sent=False) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise PeerUnreachable(address, str(error) or type(error).__name__, sent=True) from None
 

@@ -904,7 +904,8 @@ class Replica:
         if sent - p.contact >= self.election.timeout or not reply.ready or not p.ready:
             p.steady_since = now
         p.contact = max(p.contact, min(sent, now))
-        p.answers.append(max(now - sent, 0.0))
+        if reply.round:  # an installed snapshot is told of unasked: that is no answer
+            p.answers.append(max(now - sent, 0.0))
         p.priority, p.ready = reply.priority, reply.ready
 
     def _on_match(self, p: Progress, reply: AppendReply, now: float) -> None:

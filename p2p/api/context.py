@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ from aiohttp import web
 
 from config.settings import Settings
 from coordination.dispatcher import Dispatcher
-from coordination.errors import InvalidInput
+from coordination.errors import InvalidInput, Refused
 from coordination.events import EventBus
 from coordination.operations import Operations
 from p2p.api.bodies import is_msgpack, query_int, query_text
@@ -27,6 +28,7 @@ from p2p.leadership import Leadership
 from p2p.peers import Peers
 
 MIN_INDEX_SECONDS = 2.0
+PAGE_SECONDS = 0.7  # how long a page for people waits for a majority to confirm that this node leads
 MAX_KEY = 200
 
 
@@ -69,11 +71,11 @@ class Context:
         return {
             "term": view.term,
             "index": self.applied_index(),
-            "age_seconds": round(age, 3),
+            "age_seconds": round(age, 3) if math.isfinite(age) else None,
             "consistency": consistency if self.dispatcher.leads else "stale",
         }
 
-    async def read_point(self, request: web.Request) -> dict[str, Any]:
+    async def read_point(self, request: web.Request, *, page: bool = False) -> dict[str, Any]:
         """Honours ``?consistency=`` and ``?min_index=``; answers `as_of`. Raises Problem 503 if the index is not
         reached in time."""
         consistency = query_text(request, "consistency", ("linearizable", "stale")) or "linearizable"
@@ -85,7 +87,13 @@ class Context:
                     raise Problem(503, f"this node has not applied entry {wanted} yet", field="min_index")
                 await asyncio.sleep(0.02)
         elif consistency == "linearizable" and self.dispatcher.leads and not self.alone():
-            await self.read_index()
+            try:
+                async with asyncio.timeout(PAGE_SECONDS if page else None):
+                    await self.read_index()
+            except (Refused, TimeoutError):
+                if not page:
+                    raise
+                consistency = "stale"  # a page for people is told from the copy here, and says so
         return self.as_of(consistency)
 
 
@@ -110,7 +118,8 @@ def answer(
     if as_of is not None:
         told["X-P2P-Term"] = str(as_of["term"])
         told["X-P2P-Index"] = str(as_of["index"])
-        told["X-P2P-Age-Seconds"] = str(as_of["age_seconds"])
+        if as_of["age_seconds"] is not None:  # a node without a copy has no age to tell
+            told["X-P2P-Age-Seconds"] = str(as_of["age_seconds"])
         told["X-P2P-Consistency"] = as_of["consistency"]
     if is_msgpack(request):
         packed = msgpack.packb(body, default=_as_float, unicode_errors="replace")

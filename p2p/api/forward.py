@@ -16,7 +16,7 @@ import asyncio
 import secrets
 import string
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -39,7 +39,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 HOPS, DEADLINE, FORWARDED_BY = "X-P2P-Hops", "X-P2P-Deadline-Ms", "X-P2P-Forwarded-By"
 NOT_LEADER = "X-P2P-Not-Leader"
 MAX_HOPS = 2
-WRITE_SECONDS, READ_SECONDS, PAGE_SECONDS = 10.0, 2.0, 1.0
+WRITE_SECONDS, READ_SECONDS, PAGE_SECONDS = 10.0, 2.0, 0.8
 LONGEST_SECONDS = 600.0
 # What the answer itself may take beyond that: a claim is held open, a new voter catches up.
 LONG_ANSWERS = {"/worker/claim": 60.0, "/admin/voters/add": 70.0, "/admin/voters/remove": 70.0}
@@ -260,18 +260,33 @@ class Forwarder:
             return await handler(request)
         leader = here.leadership.leader
         ways = [leader] if leader.node not in (None, here.settings.node_id) else []
-        if not here.has_copy():  # a node that does not vote shows what one that does has
-            ways += [Leader(leader.term, node, address) for node, address in here.cluster.copies()[:MAX_ASKED]]
-        for way in ways:
-            try:
-                page = await self._pass_on(request, way, Asked(hops=hops, deadline=time.monotonic() + PAGE_SECONDS))
-            except (NotNow, Problem):
-                continue
-            if page.status != 503:
-                return page
-        if not here.has_copy():
-            raise Problem(503, "this node has no copy of the queue, and no node that has one can be reached")
-        return await handler(request)
+        page = await self._soonest(request, ways, hops)
+        if page is None and not here.has_copy():  # a node that does not vote shows what one that does has
+            copies = [way for way in here.cluster.copies() if way[0] != leader.node][:MAX_ASKED]
+            page = await self._soonest(request, [Leader(leader.term, *way) for way in copies], hops)
+            if page is None:
+                raise Problem(503, "this node has no copy of the queue, and no node that has one can be reached")
+        return page if page is not None else await handler(request)
+
+    async def _soonest(self, request: web.Request, ways: Sequence[Leader], hops: int) -> web.StreamResponse | None:
+        """The first page of those asked for at once; None if none came in time."""
+        deadline = time.monotonic() + PAGE_SECONDS
+        asking = [
+            asyncio.ensure_future(self._pass_on(request, way, Asked(hops=hops, deadline=deadline))) for way in ways
+        ]
+        try:
+            for answered in asyncio.as_completed(asking):
+                try:
+                    page = await answered
+                except (NotNow, Problem):
+                    continue
+                if page.status < 500:
+                    return page
+            return None
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
     @staticmethod
     def _hops(request: web.Request) -> int:

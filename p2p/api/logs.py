@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from aiohttp import web
 from coordination.errors import Refused
 from p2p.api.bodies import check_query, query_int, query_text
 from p2p.api.context import Context, context
-from p2p.api.relay import DIRECT, relay
+from p2p.api.relay import DIRECT, listens, relay
 from p2p.peers import PeerRefused, PeerUnreachable
 
 routes = web.RouteTableDef()
@@ -22,6 +23,7 @@ CHUNK = 64 << 10
 FOLLOW_SECONDS = 0.2
 MAX_TAIL = 1_000_000
 LOOK_UP_SECONDS = 2.0
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @routes.get("/jobs/{id}/logs")
@@ -33,6 +35,8 @@ async def logs(request: web.Request) -> web.StreamResponse:
     tail = query_int(request, "tail", least=0, most=MAX_TAIL)
     asked = query_int(request, "attempt", least=1, most=1 << 31)
     here, job_id = context(request), request.match_info["id"]
+    if not JOB_ID.fullmatch(job_id):
+        raise Refused(404, f"there is no job {job_id[:80]!r}", field="id")  # and it will not name a folder
     if DIRECT in request.headers and asked is not None:
         attempt, finished = asked, not here.attempt_runs(job_id, asked)
     else:
@@ -103,15 +107,10 @@ def _worker_of(job: dict[str, Any], attempt: int) -> str | None:
 async def _first_attempt(request: web.Request, job: dict[str, Any]) -> dict[str, Any]:
     """Waits for a job that has not started yet: whoever follows it wants its output, not an empty answer."""
     here = context(request)
-    while job["attempt"] == 0 and job["finished_at"] is None and _listens(here, request):
+    while job["attempt"] == 0 and job["finished_at"] is None and listens(here, request):
         await asyncio.sleep(FOLLOW_SECONDS)
         job = await find_job(here, job["id"])
     return job
-
-
-def _listens(here: Context, request: web.Request) -> bool:
-    """Whether the asker is still there, and this node too."""
-    return not (here.stopping.is_set() or request.transport is None or request.transport.is_closing())
 
 
 async def _follow(
@@ -119,7 +118,7 @@ async def _follow(
 ) -> None:
     """Sends what is added until the attempt is over, the asker hangs up or the node stops."""
     job, attempt = followed
-    while _listens(here, request):
+    while listens(here, request):
         over = not here.attempt_runs(job, attempt)
         async for chunk in _chunks(reader.added()):
             await response.write(chunk)

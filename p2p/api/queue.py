@@ -53,7 +53,7 @@ class Nothing(Closed):
 async def work_queue_status(request: web.Request) -> web.Response:
     """The queue at a glance: sums by state and kind, workers, health, alerts."""
     check_query(request)
-    as_of = await context(request).read_point(request)
+    as_of = await context(request).read_point(request, page=True)
     status = await context(request).operations.queue_status()
     return answer(request, {**status, "as_of": as_of}, as_of=as_of)
 
@@ -62,7 +62,7 @@ async def work_queue_status(request: web.Request) -> web.Response:
 async def work_assignment_status(request: web.Request) -> web.Response:
     """``{worker: {"assigned", "completed", "failed", "last_heartbeat"}}`` and nothing else at the top level."""
     check_query(request)
-    as_of = await context(request).read_point(request)
+    as_of = await context(request).read_point(request, page=True)
     return answer(request, await context(request).operations.assignment_status(), as_of=as_of)
 
 

@@ -7,12 +7,13 @@ is asked to pass the request on through it. Decides nothing about what is asked.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
 
 from coordination.errors import Refused
-from p2p.api.context import context
+from p2p.api.context import Context, context
 from p2p.api.errors import Problem
 from p2p.ids import NodeId
 from p2p.transport.streams import NoTunnel, TunnelError
@@ -20,6 +21,7 @@ from p2p.transport.streams import NoTunnel, TunnelError
 DIRECT = "X-P2P-Direct"  # set by a node that has looked up where the answer is
 BEGIN_SECONDS = 5.0
 CONNECT_SECONDS = 1.0
+LISTEN_SECONDS = 0.5
 _KEPT = ("Content-Type", "X-Content-Type-Options", "X-P2P-Attempt", "Retry-After")
 
 
@@ -27,7 +29,8 @@ async def relay(request: web.Request, node: str, path: str, *, hidden: bool = Fa
     """Asks `node` for `path` (with its query) and streams what it answers. `hidden`: through the tunnel it holds to
     this node, and no other way. Raises Problem (502, 503) or Refused (404)."""
     here = context(request)
-    target = f"{path}?{request.query_string}" if hidden and request.query_string else path
+    query = request.rel_url.raw_query_string
+    target = f"{path}?{query}" if hidden and query else path
     address, anchors = here.cluster.way_to(NodeId(node))
     if hidden or (address is None and here.settings.node_id in here.cluster.anchors_of(node)):
         return await _through_tunnel(request, node, target)
@@ -36,27 +39,60 @@ async def relay(request: web.Request, node: str, path: str, *, hidden: bool = Fa
     why = "it is not known how to reach it"
     for way in ways:
         try:
-            return await _over_http(request, f"http://{way}{prefix}{target}")
+            answer = await _ask(request, f"http://{way}{prefix}{target}")
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             why = str(error) or type(error).__name__
+            continue
+        async with answer:
+            return await _pass_back(request, answer.status, dict(answer.headers), answer.content.iter_any())
     raise Problem(503, f"node {node[:80]} cannot be asked now: {why}", field="node")
 
 
-async def _over_http(request: web.Request, url: str) -> web.StreamResponse:
+async def _ask(request: web.Request, url: str) -> aiohttp.ClientResponse:
     async with asyncio.timeout(BEGIN_SECONDS):
-        answer = await context(request).peers.session.request(
+        return await context(request).peers.session.request(
             request.method,
             url,
             headers={DIRECT: "1"},
+            allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
         )
-    async with answer:
-        response = _begin(answer.status, dict(answer.headers))
-        await response.prepare(request)
-        async for chunk in answer.content.iter_any():
+
+
+async def _pass_back(
+    request: web.Request, status: int, headers: dict[str, str], chunks: AsyncIterator[bytes]
+) -> web.StreamResponse:
+    """The answer as it comes, until it ends, breaks off or nobody listens any more. What has begun cannot be answered
+    otherwise: the asker's connection breaks off too, so that half a log is not taken for a whole one."""
+    response = _begin(status, headers)
+    await response.prepare(request)
+    try:
+        while (chunk := await _next(request, chunks)) is not None:
             await response.write(chunk)
-        await response.write_eof()
+    except (aiohttp.ClientError, TunnelError, OSError) as error:
+        raise ConnectionResetError(f"the answer broke off: {error}") from None
+    await response.write_eof()
     return response
+
+
+async def _next(request: web.Request, chunks: AsyncIterator[bytes]) -> bytes | None:
+    """The next chunk; None at the end. Whoever follows a silent job and hangs up is noticed all the same."""
+    waiting = asyncio.ensure_future(anext(chunks, None))
+    try:
+        while not waiting.done():
+            await asyncio.wait([waiting], timeout=LISTEN_SECONDS)
+            if not waiting.done() and not listens(context(request), request):
+                raise ConnectionResetError("nobody listens any more")
+        return waiting.result()
+    finally:
+        if not waiting.done():
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+
+def listens(here: Context, request: web.Request) -> bool:
+    """Whether the asker is still there, and this node too."""
+    return not (here.stopping.is_set() or request.transport is None or request.transport.is_closing())
 
 
 async def _through_tunnel(request: web.Request, node: str, target: str) -> web.StreamResponse:
@@ -68,12 +104,7 @@ async def _through_tunnel(request: web.Request, node: str, target: str) -> web.S
     except TunnelError as error:
         raise Refused(503, f"node {node[:80]} cannot be asked now: {error}") from None
     async with opened as answer:
-        response = _begin(answer.status, dict(answer.headers))
-        await response.prepare(request)
-        async for chunk in answer.chunks:
-            await response.write(chunk)
-        await response.write_eof()
-    return response
+        return await _pass_back(request, answer.status, dict(answer.headers), aiter(answer.chunks))
 
 
 def _begin(status: int, headers: dict[str, str]) -> web.StreamResponse:

@@ -79,8 +79,9 @@ class ElectionCore:
         return self.ballot
 
     def asked(self, now: float) -> None:
-        """The votes of a real ballot have been asked for only now: its time begins."""
-        self.deadline = now + self._patience()
+        """The votes of a real ballot have been asked for only now: its time begins. It differs from voter to voter:
+        two that have split the votes must not ask again at the same moment (Raft §5.2)."""
+        self.deadline = now + self._patience() * (1 + self._draw())
 
     def _patience(self) -> float:
         """How long a round may take: longer each time, so that slow disks elect a leader too."""

@@ -208,10 +208,59 @@ def test_settings_cannot_be_changed() -> None:
     assert isinstance(settings, Settings)
 
 
-@pytest.mark.parametrize("flag", ["--peers", "--peers=a:1", "--priority", "--tls-cert=x"])
+@pytest.mark.parametrize("flag", ["--tls-cert", "--tls-cert=x", "--tls-key", "--tls-ca"])
 def test_a_flag_of_a_later_version_is_refused_by_name(flag: str) -> None:
-    with pytest.raises(SettingsError, match=f"^{flag.partition('=')[0]}: this version runs one node"):
+    with pytest.raises(SettingsError, match=f"^{flag.partition('=')[0]}: this version has no TLS of its own"):
         load([flag, "x"], {})
+
+
+# -- the cluster -----------------------------------------------------------------------------------------------------
+
+
+def test_the_flags_of_a_cluster_are_settings() -> None:
+    flags = ["--peers", " a:1, [::1]:2 ,", "--priority", "-5", "--voter", "--advertise", "gpu-07.example.org:8770"]
+    settings = load(flags, {})
+    assert (settings.peers, settings.priority, settings.voter) == (("a:1", "[::1]:2"), -5, True)
+    assert (settings.advertise, settings.adopt) == ("gpu-07.example.org:8770", False)
+    assert load(["--adopt"], {}).adopt is True
+
+
+@pytest.mark.parametrize(("flags", "voter"), [([], None), (["--voter"], True), (["--no-voter"], False)])
+def test_whether_to_vote_is_asked_refused_or_left_to_the_autopilot(flags: list[str], voter: bool | None) -> None:
+    assert load(flags, {}).voter is voter
+
+
+def test_peers_of_the_file_may_be_a_list_or_a_text(tmp_path: Path) -> None:
+    for told in (["a:1", "b:2"], "a:1,b:2"):
+        assert load(["--config", config(tmp_path, peers=told)], {}).peers == ("a:1", "b:2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--peers", "a"], "peers: must be HOST:PORT"),
+        (["--peers", "a:1,b"], "peers: must be HOST:PORT"),
+        (["--peers", "a:0"], "peers: must be HOST:PORT"),
+        (["--peers", "a:65536"], "peers: must be HOST:PORT"),
+        (["--peers", "http://a:1"], "peers: must be HOST:PORT"),
+        (["--peers", "user@a:1"], "peers: must be HOST:PORT"),
+        (["--peers", ",".join(f"h{n}:1" for n in range(65))], "peers: names at most 64 members"),
+        (["--peers", ""], "peers: is empty"),
+        (["--peers", " , "], "peers: is empty"),
+        (["--advertise", "none"], "a node that nobody can dial needs --peers"),
+        (["--priority", "1001"], "priority: "),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused(flags: list[str], words: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load(flags, {})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("target", [2, 4, 6])
+def test_an_even_number_of_voters_is_refused_with_the_reason(target: int) -> None:
+    with pytest.raises(SettingsError, match=f"must be odd: {target} voters survive no more failures than {target - 1}"):
+        build({"node_id": "n", "host": "127.0.0.1", "data_dir": "d", "cluster": {"voter_target": target}})
 
 
 def test_a_shorter_lease_brings_more_frequent_heartbeats() -> None:

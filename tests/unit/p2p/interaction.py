@@ -200,7 +200,7 @@ class Cluster:
 
     def _send(self, node: Node, to: str, message: Message) -> None:
         assert decode(encode(message)) == message
-        self._check_durable(node, message)
+        self._check_durable(node, to, message)
         link = (node.name, to)
         lost = to not in self.nodes or not self.nodes[to].up or link in self.cuts or self.lose(message)
         lost |= link in self.muted and isinstance(message, Append)
@@ -208,7 +208,7 @@ class Cluster:
         if not lost:
             self.wire.setdefault(link, deque()).append(message)
 
-    def _check_durable(self, node: Node, message: Message) -> None:
+    def _check_durable(self, node: Node, to: str, message: Message) -> None:
         """I8: what is promised is on the disk, not only in its cache."""
         disk, hard = node.store, node.store.hard_state
         if isinstance(message, VoteReply) and message.granted:
@@ -220,6 +220,15 @@ class Cluster:
             assert hard.term >= message.term, f"{node.name} acknowledges in a term that is not on its disk"
             end = disk.base + len(disk.records)
             assert message.match <= end, f"{node.name} acknowledges {message.match}; its disk ends at {end}"
+            self._check_match(node, to, message)
+
+    def _check_match(self, node: Node, to: str, message: AppendReply) -> None:
+        """I3: what is acknowledged to a leader is what that leader has."""
+        leader = self.nodes[to].replica
+        if leader.role == "leader" and leader.term == message.term:
+            theirs = leader.journal.log.term_at(message.match)
+            mine = node.replica.journal.log.term_at(message.match)
+            assert None in (mine, theirs) or mine == theirs, f"{node.name} claims {to}'s entry {message.match}"
 
     def _apply(self, node: Node, upto: Index) -> None:
         fresh = node.store.read(Index(node.applied + 1), upto)

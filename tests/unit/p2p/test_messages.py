@@ -164,4 +164,5 @@ def test_every_message_has_its_place_in_the_wire_form() -> None:
         4,
         9,
         ["a@1"],
+        2_000,
     ]

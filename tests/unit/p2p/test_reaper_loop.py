@@ -9,6 +9,8 @@ from p2p.loops.job_loops import JobReaperConfig, JobReaperLoop
 
 
 class FakeDesk:
+    leads = True
+
     def __init__(self) -> None:
         self.leases = LeaseTable(lease_ms=30_000)
         self.mono = 1_000_000

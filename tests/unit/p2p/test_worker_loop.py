@@ -97,7 +97,9 @@ class FakeDesk:
     async def claim(self, worker: str, *, wait_seconds: float) -> tuple[list[dict[str, Any]], list[Claimant]]:
         return await self.claims.get()
 
-    async def heartbeat(self, worker: str, beats: list[Beat], *, first: bool) -> tuple[list[str], list[str]]:
+    async def heartbeat(
+        self, worker: str, beats: list[Beat], *, first: bool, whole: bool = False
+    ) -> tuple[list[str], list[str]]:
         self.beats.append(([Claimant(beat.signs.job, beat.signs.attempt) for beat in beats], first))
         return list(self.stale), []
 

@@ -92,7 +92,15 @@ def test_a_newer_update_of_a_node_takes_the_place_of_the_older() -> None:
 def test_an_update_is_not_sent_to_whom_it_is_about() -> None:
     queue = Broadcasts()
     queue.put(record("a"))
-    assert queue.take(1_000, 1, but=NodeId("a")) == [] and len(queue) == 1
+    assert queue.take(1_000, 1, but=[NodeId("a")]) == [] and len(queue) == 1
+
+
+def test_an_uncounted_update_is_given_and_stays() -> None:
+    queue = Broadcasts()
+    queue.put(record("a"))
+    for _ in range(5):
+        assert queue.take(1_000, 1, uncounted=NodeId("a"))
+    assert queue.take(1_000, 1) and not queue
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 400)), max_size=60))

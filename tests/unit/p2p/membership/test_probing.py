@@ -119,6 +119,12 @@ def test_a_rumour_about_this_node_is_refuted_with_the_next_incarnation() -> None
     assert [line.new for line in driven.core.story(driven.core.node)] == ["alive"]
 
 
+def test_a_rumour_of_an_incarnation_never_announced_is_outbid_too() -> None:
+    driven = Driven(*PEERS)
+    driven.hear(record("me", incarnation=5_000, state=State.SUSPECT, by=NodeId("n1")), by=PEERS[1])
+    assert driven.core.me.incarnation == 5_001
+
+
 def test_the_suspect_is_told_first_of_all_when_it_is_spoken_to() -> None:
     driven = Driven(*PEERS)
     suspect = PEERS[0].as_(State.SUSPECT, by=NodeId("n1"))

@@ -44,14 +44,8 @@ def believed(net: Network, about: str) -> set[State]:
 
 def disturb(net: Network, draw: random.Random, names: list[str]) -> None:
     """These stand still for 1 to 5 s, go on for 1 to 5 s, and so for ever."""
-
-    def sleep(node: NodeId) -> None:
-        pause = draw.uniform(1.0, 5.0)
-        net.sleep(node, pause)
-        net.at(net.now + pause + draw.uniform(1.0, 5.0), lambda: sleep(node))
-
     for name in names:
-        sleep(NodeId(name))
+        net.disturb(NodeId(name), lambda: (draw.uniform(1.0, 5.0), draw.uniform(1.0, 5.0)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
