@@ -44,6 +44,7 @@ from p2p.replica import ConfigRefused, NotLeader
 from p2p.storage import Identity
 from p2p.transport.gossip import Gossip, JoinRefused
 from p2p.transport.links import Links
+from p2p.transport.streams import TunnelError
 from p2p.transport.tunnel import CHANNEL as TUNNEL
 from p2p.transport.tunnel import Tunnel
 
@@ -56,6 +57,7 @@ FOUNDING_SECONDS = 4.0  # and so soon after it has asked for agreement the found
 OFFICE_RETRY_SECONDS = 0.5
 OPERATOR_SECONDS = 10.0  # the autopilot lets an operator's change of voters be heard of everywhere
 HEARSAY_TURNS = 2
+DOUBT_SECONDS = 1.5  # a suspicion that is wrong is refuted sooner
 FORMATION_SECONDS = 0.5
 SAY_EVERY_SECONDS = 5.0
 AUTOPILOT_SECONDS = 1.0
@@ -283,12 +285,26 @@ class Cluster:
         """A voter that has been cut off for long may have been replaced meanwhile: its replica waits for a leader that
         will not speak to it, in a term that gossip has told of already. Only of one that has
         spoken since: what is sent to a frozen leader ends as nobody knows, what is kept here as certainly not done."""
+        self._doubt_hearsay()
         self._leaderless = self._leaderless + 1 if self.leadership.leader.node is None else 0
         hint = self.gossip.leader_hint
         if self._leaderless > HEARSAY_TURNS and hint.leader is not None:
             age = self.gossip.last_seen_age(hint.leader)
             if age is not None and age < (self._leaderless - 1) * AUTOPILOT_SECONDS:
                 self._hinted(hint)
+
+    def _doubt_hearsay(self) -> None:
+        """A leader that only gossip has told of is believed no longer when gossip has given it up, too: nothing else
+        would ever tell a node that does not vote, or a voter that has just started, that there is none."""
+        leader = self.leadership.leader
+        if leader.node in (None, node_of(self.me)) or self.view().leader is not None:
+            return
+        member = self.gossip.member(leader.node)
+        if member is None or member.state is State.ALIVE or self._since_seconds(member)[1] < DOUBT_SECONDS:
+            return
+        if self.leadership.lost(leader.term):
+            log.info("no leader in term %d: %s is %s", leader.term, leader.node, member.state)
+            self._tell(E.LEADER_LOST, term=leader.term, reason=f"{leader.node} is {member.state}")
 
     def _votes(self) -> bool:
         return self.me in self.view().config.voters
@@ -353,6 +369,20 @@ class Cluster:
         if node == node_of(self.me):
             return self._callbacks.capabilities()
         return self.gossip.capabilities_of(NodeId(node))
+
+    async def ask_capabilities(self, node: str) -> dict[str, Any] | None:
+        """The same, but an anchor asks who cannot be dialled: nobody else can."""
+        member = self.gossip.member(NodeId(node))
+        if member is not None and member.address is None and node_of(self.me) in member.via:
+            try:
+                async with await self.tunnel.open(
+                    member.node, "GET", "/peer/capabilities", timeout=ASK_SECONDS
+                ) as told:
+                    if told.status == 200:
+                        return dict(json.loads(await told.read()))
+            except (TunnelError, ValueError):
+                pass  # what was known before, then
+        return self.capabilities_of(node)
 
     # -- getting in --------------------------------------------------------------------------------------------------
 
@@ -690,7 +720,7 @@ class Cluster:
             told: dict[str, Any] = {
                 "node": node_of(voter),
                 "disk": disk_of(voter),
-                "state": str(member.state) if member is not None else "unknown",
+                "state": _state_of(voter, member),
                 "leads": voter == view.leader,
             }
             if f is not None:
@@ -880,6 +910,13 @@ class AddressBook:
             unfinished = self._path.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(known), encoding="utf-8")
             unfinished.replace(self._path)
+
+
+def _state_of(voter: VoterId, member: Member | None) -> str:
+    """Of a voter; its node may be alive, and its disk gone."""
+    if member is None:
+        return "unknown"
+    return str(member.state) if member.disk == disk_of(voter) else "another disk"
 
 
 def own_address(settings: Settings, port: int) -> str | None:

@@ -80,10 +80,12 @@ class Leadership:
             return False
         return True
 
-    async def unless_deposed(self, request: Awaitable[T], *, gone: Callable[[], bool] = lambda: False) -> T:
+    async def unless_deposed(
+        self, request: Awaitable[T], *, gone: Callable[[], bool] = lambda: False, last_word: float = 0.0
+    ) -> T:
         """What is answered to a request that was made of the leader. Raises Deposed as soon as somebody else is known
-        to lead: one that is cut off cannot say so itself; AskerGone soon after `gone` says that nobody waits. The
-        request is given up then."""
+        to lead, for one that is cut off cannot say so itself, or `last_word` seconds later; AskerGone soon after `gone`
+        says that nobody waits. The request is given up then."""
         before = self.leader
         asking = asyncio.ensure_future(request)
         try:
@@ -97,7 +99,10 @@ class Leadership:
                     break
                 now = self.leader
                 if None not in (before.node, now.node) and (now.node, now.term) != (before.node, before.term):
-                    raise Deposed(f"{before.node} does not lead any more")
+                    await asyncio.wait([asking], timeout=last_word)
+                    if not asking.done():
+                        raise Deposed(f"{before.node} does not lead any more")
+                    break
                 if gone():
                     raise AskerGone
             return await asking

@@ -413,8 +413,8 @@ class Node:
         if not on:
             self.desk.end_term()
             return
+        caught_up = asyncio.wrap_future(self.driver.read_index())
         try:
-            caught_up = asyncio.wrap_future(self.driver.read_index())
             while not (await asyncio.wait([caught_up], timeout=SAY_EVERY_SECONDS))[0]:
                 view = self.driver.view
                 log.info("replaying the journal: entry %d of %d", view.applied_index, view.commit_index)
@@ -425,6 +425,8 @@ class Node:
             return  # deposed meanwhile: the next change says what is to be done
         except Stopped:
             return
+        finally:
+            caught_up.cancel()  # nobody waits for it any more
         await self.desk.begin_term()
         self.leadership.opened()
         self._opened.set()

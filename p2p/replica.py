@@ -263,6 +263,8 @@ class Replica:
         self.leader: VoterId | None = None
         self.timers = timers or Timers()
         self.journal = JournalCore(me, start, applied=applied)
+        if self.journal.log.last_term > self.term:  # a snapshot was installed, and its term not written before a crash
+            self.term, self.voted_for = self.journal.log.last_term, None
         self.election = ElectionCore(me, self.timers, draw, now)
         self.election.priority = priority
         self.unfit = ""  # why this node must not lead, as told by `SetFitness`
@@ -562,6 +564,8 @@ class Replica:
         self._out.append(Send(sender, PreVoteReply(self.term, ask.next_term, not why, why)))
         if why == "higher" and self.role != CANDIDATE:
             self._ask_for_votes(now)  # the bully answers by standing itself
+        elif why == "log" and fit:
+            self.election.hurry(now)
         elif not why and self.election.ballot is None:
             self.election.deadline = max(self.election.deadline, now + self.timers.rank_delay)
 

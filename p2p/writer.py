@@ -41,6 +41,7 @@ class Writer:
         self._jobs: deque[Persist | Job] = deque()
         self._compact_upto = Index(0)
         self._stopping = False
+        self._gave_up = False
         self.trouble: str | None = None  # why writes wait, in words
         self.floor = Index(0)  # the highest index that is written down as acknowledged
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -121,7 +122,8 @@ class Writer:
 
     def _write(self, write: Persist) -> None:
         if write.entries or write.hard_state or write.truncate or write.acked_floor > self.floor:
-            if not self._append(write):
+            if self._gave_up or not self._append(write):
+                self._gave_up = True  # nothing may follow upon what was not written
                 return
             self.floor = max(self.floor, write.acked_floor)
         if write.seq:  # 0: nobody waits for it, see `Driver._write_floor`

@@ -8,6 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ class Context:
         return self.as_of(consistency)
 
 
-MADE_KEY = "idempotency_key"  # of a request that came without one
+# Of the request that this task answers: the one that was made for it, if it came without one. Not an item of the
+# request: newer versions of aiohttp warn of plain names there, older ones know no others.
+MADE_KEY: ContextVar[str | None] = ContextVar("idempotency_key", default=None)
 CONTEXT: web.AppKey[Context] = web.AppKey("context", Context)
 
 
@@ -141,7 +144,7 @@ def idempotency_key(request: web.Request) -> str:
     """The caller's ``Idempotency-Key``, or a new one. Raises InvalidInput."""
     keys = request.headers.getall("Idempotency-Key", [])
     if not keys:
-        return str(request.get(MADE_KEY) or secrets.token_hex(12))
+        return MADE_KEY.get() or secrets.token_hex(12)
     if len(keys) > 1:
         raise InvalidInput("Idempotency-Key", "was given more than once")
     key = keys[0]

@@ -13,6 +13,7 @@ been done, nothing but the queue's own word ends in anything but 504.
 from __future__ import annotations
 
 import asyncio
+import io
 import secrets
 import string
 import time
@@ -141,9 +142,9 @@ class Forwarder:
             longer=LONG_ANSWERS.get(request.path, 0.0),
         )
         if request.method == "POST" and _is_keyed(request.path):
-            asked.key = request.headers.get("Idempotency-Key")
-            if asked.key is None:
-                asked.key = request[MADE_KEY] = secrets.token_hex(12)
+            given = request.headers.get("Idempotency-Key")
+            asked.key = given if given is not None else secrets.token_hex(12)
+            MADE_KEY.set(asked.key)
         if request.method not in _READING and not here.alone():
             asked.body = await read_raw(request)
         return await self._until_answered(request, handler, asked)
@@ -224,7 +225,7 @@ class Forwarder:
             async with self._here.peers.session.request(
                 request.method,
                 URL(f"http://{leader.address}{_target(request)}", encoded=True),
-                data=asked.body if asked.body or request.method == "POST" else None,
+                data=io.BytesIO(asked.body) if asked.body or request.method == "POST" else None,
                 headers=headers,
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
                 allow_redirects=False,
@@ -234,7 +235,12 @@ class Forwarder:
 
         try:
             async with asyncio.timeout(left + asked.longer + (0.0 if reading else LATE_SECONDS)):
-                answer, told = await self._here.leadership.unless_deposed(exchange(), gone=gone)
+                # Whom an order about the leadership deposes answers it all the same, and what must not be asked twice
+                # may still be answered by whoever was deposed: not done, it may say.
+                admin, again = request.path.startswith("/admin/"), reading or asked.key is not None
+                last_word = left if admin else 0.0 if again else LATE_SECONDS
+                led = self._here.leadership
+                answer, told = await led.unless_deposed(exchange(), gone=gone, last_word=last_word)
         except AskerGone:
             raise ConnectionResetError("whoever asked has hung up") from None
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL, ValueError) as error:

@@ -72,7 +72,7 @@ async def capabilities(request: web.Request) -> web.Response:
     check_query(request, "node")
     here = context(request)
     name = request.query.get("node", here.settings.node_id)
-    found = here.cluster.capabilities_of(name)
+    found = await here.cluster.ask_capabilities(name)
     if found is None:
         raise Problem(404, f"nothing is known of {name[:80]!r}", field="node")
     return answer(request, found)
@@ -130,4 +130,5 @@ async def at_the_desk(request: web.Request) -> web.Response:
 @routes.route("*", "/peer/tunnel/{node}/{path:.*}")
 async def tunnel(request: web.Request) -> web.StreamResponse:
     """A request to a node that cannot be dialled, over the link it keeps open to this one."""
-    return await relay(request, request.match_info["node"], f"/{request.match_info['path']}", hidden=True)
+    rest = request.rel_url.raw_path.split("/", 4)[4]  # as it came: unquoted, a slash in a name would be one of the path
+    return await relay(request, request.match_info["node"], f"/{rest}", hidden=True)

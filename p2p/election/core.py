@@ -31,6 +31,7 @@ class ElectionCore:
         self.ballot: Ballot | None = None
         self.deadline = now
         self._rounds = 0
+        self._asked_at = float("-inf")  # when the newest ballot was opened
         self._excused_at = float("-inf")
         self._yielded_at = float("-inf")  # when somebody higher last told this candidate to wait
         self._refused_higher: dict[VoterId, float] = {}
@@ -74,6 +75,7 @@ class ElectionCore:
         if real:
             self.asked(now)
         else:
+            self._asked_at = now
             self._rounds = min(self._rounds + 1, MOST_ROUNDS)
             self.deadline = now + max(self._patience() * self._draw(), self.timers.round_timeout / 2)
         return self.ballot
@@ -81,7 +83,15 @@ class ElectionCore:
     def asked(self, now: float) -> None:
         """The votes of a real ballot have been asked for only now: its time begins. It differs from voter to voter:
         two that have split the votes must not ask again at the same moment (Raft §5.2)."""
-        self.deadline = now + self._patience() * (1 + self._draw())
+        self._asked_at = now
+        self.deadline = now + min(self._patience() * (1 + 0.25 * self._draw()), self.timers.longest_backoff)
+
+    def hurry(self, now: float) -> None:
+        """Somebody stands who lacks what this voter holds, and so cannot win. Others can be reached again, then: a wait
+        that has grown over rounds that nobody answered is cut short."""
+        t = self.timers
+        earliest = max(now, self._asked_at + t.round_timeout) + t.guard + t.jitter * self._draw()
+        self.deadline = min(self.deadline, earliest)
 
     def _patience(self) -> float:
         """How long a round may take: longer each time, so that slow disks elect a leader too."""

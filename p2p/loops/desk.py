@@ -70,6 +70,7 @@ class DeskOfTheLeader:
             self._claiming = False
             if self._telling is not None:
                 self._telling.cancel()  # no claim is parked there that would care
+                self._telling = None
         return told["jobs"], [Claimant(job, attempt) for job, attempt in told["doomed"]]
 
     async def heartbeat(

@@ -393,6 +393,7 @@ class MembershipCore:
 
     def _gossip(self) -> None:
         self._gossiped_at = self._now
+        told = False
         for node in self._roster.dialable.pick(self.figures.gossip_fanout):
             member = self._roster.members[node]
             if member.cluster != self.me.cluster:
@@ -401,6 +402,9 @@ class MembershipCore:
             if updates or self._hint_sends:
                 self._hint_sends = max(self._hint_sends - 1, 0)
                 self._send(member, News(), self.figures.probe_interval_seconds, updates=updates)
+                told = True
+        if not told and len(self._roster.dialable) <= self.figures.gossip_fanout:
+            self._broadcasts.clear()  # what is left is about the very ones it could be told to
         self._arm_gossip()
 
     def on_hint(self, hint: LeaderHint) -> None:

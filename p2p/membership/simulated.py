@@ -31,9 +31,7 @@ class Host:
     asleep_until: float = 0.0
     slept: bool = False
     nap: float = 0.0  # it stands still for this long after the next question it sends
-    naps: Callable[[], tuple[float, float]] | None = (
-        None  # draws how long it goes on, and how long it then stands still
-    )
+    naps: Callable[[], tuple[float, float]] | None = None  # draws how long it goes on, then how long it stands still
     backlog: deque[Event] = field(default_factory=deque)  # what came while it slept
     tick_at: float | None = None
 

@@ -62,6 +62,9 @@ from p2p.membership.message import VERSION, Join, Message, Ping, Refuse, WrongVe
 from p2p.membership.rota import Draw
 from p2p.transport.gossip_capabilities import Capabilities
 from p2p.transport.gossip_http import ExchangeFailed, Poster
+from p2p.transport.gossip_join import JoinRefused, JoinRound, NotJoined, rounds
+
+__all__ = ["Gossip", "GossipBusy", "GossipStopped", "JoinRefused", "NotJoined"]
 
 log = logging.getLogger(__name__)
 
@@ -83,18 +86,6 @@ class GossipStopped(MembershipError):
 
 class GossipBusy(MembershipError):
     """This node has too many requests of peers under way; nothing was done."""
-
-
-class JoinRefused(MembershipError):
-    """Why a node may not join, and what to do about it. Both are sentences for a person."""
-
-    def __init__(self, code: str, reason: str, fix: str, address: str, node: NodeId | None = None) -> None:
-        super().__init__(f"{address} refused the join: {reason}; {fix}")
-        self.code, self.reason, self.fix, self.address, self.node = code, reason, fix, address, node
-
-
-class NotJoined(MembershipError):
-    """No address has let this node in yet."""
 
 
 def ignore(*_: object) -> None:
@@ -153,7 +144,7 @@ class Gossip:
         self._ticket = 0
         self._timer: asyncio.TimerHandle | None = None
         self._lag_timer: asyncio.TimerHandle | None = None
-        self._round: _JoinRound | None = None
+        self._round: JoinRound | None = None
         self._joining = asyncio.Lock()
         self._said: dict[tuple[object, ...], float] = {}
         self._stopped = False  # nothing is said or heard any more
@@ -188,6 +179,8 @@ class Gossip:
 
     async def _close(self) -> None:
         self._stopped = True
+        if self._round is not None:
+            self._round.settled.set()  # nobody will answer any more
         for timer in (self._timer, self._lag_timer):
             if timer is not None:
                 timer.cancel()
@@ -294,25 +287,32 @@ class Gossip:
             asked = [address for address in dict.fromkeys(addresses) if address != self.me.address]
             if not asked:
                 raise NotJoined("there is no address to join through but this node's own")
+            turns = rounds(asked)
             async for attempt in AsyncRetrying(
                 wait=wait_random_exponential(multiplier=0.25, max=JOIN_WAIT_SECONDS),
                 retry=retry_if_exception_type(NotJoined),
             ):
                 with attempt:
-                    return await self._join_once(asked, patient=patient)
+                    return await self._join_once(next(turns), everybody=asked, patient=patient)
         raise AssertionError("unreachable: it is tried for ever")
 
-    async def _join_once(self, asked: list[str], *, patient: bool) -> Joined:
-        round_ = self._round = _JoinRound(asked)
+    async def _join_once(self, asked: list[str], *, everybody: list[str], patient: bool) -> Joined:
+        rival = self._running().displaced_by
+        if rival is not None:
+            raise MembershipError(f"an older process has the node id {rival.node}: this one may not join as it")
+        round_ = self._round = JoinRound(asked)
         try:
             self._step(JoinThrough(tuple(asked), self._unix_ms()))
-            await round_.settled.wait()
+            async with asyncio.timeout(2 * self._figures.request_timeout_seconds):
+                await round_.settled.wait()
+        except TimeoutError:
+            pass  # an answer was lost on the way; what came counts
         finally:
             self._round = None
         if round_.joined:
             return max(round_.joined, key=lambda joined: bool(joined.cluster))
-        refusals = [self.refusals[address] for address in asked if address in self.refusals]
-        if len(refusals) == len(asked) and not patient:
+        refusals = [self.refusals[address] for address in everybody if address in self.refusals]
+        if len(refusals) == len(everybody) and not patient:
             raise refusals[0]
         raise NotJoined("; ".join([*map(str, refusals), *(f"{a}: {why}" for a, why in self.unreachable.items())]))
 
@@ -553,19 +553,3 @@ class Gossip:
             self._said.clear()
         self._said[key] = now
         log.warning(text, *arguments)
-
-
-class _JoinRound:
-    """One round of asking. It is settled when a member of a cluster has let us in, or all have answered or not."""
-
-    def __init__(self, addresses: list[str]) -> None:
-        self.waiting = set(addresses)
-        self.joined: list[Joined] = []
-        self.settled = asyncio.Event()
-
-    def outcome(self, address: str, joined: Joined | None) -> None:
-        self.waiting.discard(address)
-        if joined is not None:
-            self.joined.append(joined)
-        if not self.waiting or (joined is not None and joined.cluster):
-            self.settled.set()

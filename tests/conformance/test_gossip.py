@@ -29,8 +29,9 @@ async def five(cluster: Cluster) -> list[Peer]:
     """n1 to n4 dialable, n5 outbound-only; all know all."""
     first = await cluster.start("n1", cluster="c1", token="secret")
     others = [await cluster.start(f"n{n}", token="secret", dialable=n < 5) for n in (2, 3, 4, 5)]
-    for peer in others:
-        await peer.gossip.join([first.address])
+    async with asyncio.timeout(20):
+        for peer in others:
+            await peer.gossip.join([first.address])
     peers = [first, *others]
     await cluster.until(lambda: all(alive(peer) == {"n1", "n2", "n3", "n4", "n5"} for peer in peers))
     return peers
@@ -121,7 +122,8 @@ async def test_a_join_is_refused_with_reason_and_fix(
     first = await cluster.start("n1", cluster="c1", token="secret")
     second = await cluster.start("n2", **{"token": "secret", **mine})  # type: ignore[arg-type]
     with pytest.raises(JoinRefused) as refused:
-        await second.gossip.join([first.address], patient=False)
+        async with asyncio.timeout(20):
+            await second.gossip.join([first.address], patient=False)
     assert (refused.value.code, refused.value.address) == (code, first.address)
     assert reason in refused.value.reason and fix in refused.value.fix
     assert second.gossip.refusals[first.address] is refused.value
@@ -172,6 +174,14 @@ async def test_a_join_goes_on_until_somebody_is_there(cluster: Cluster) -> None:
     async with asyncio.timeout(20):
         joined = await joining
     assert (joined.cluster, joined.node) == ("c1", "n1") and not second.gossip.unreachable
+
+
+async def test_more_addresses_than_one_round_asks_are_all_asked_in_turn(cluster: Cluster) -> None:
+    first = await cluster.start("n1", cluster="c1")
+    second = await cluster.start("n2")
+    nobody = [f"127.0.0.1:{free_port()}" for _ in range(20)]
+    async with asyncio.timeout(20):
+        assert (await second.gossip.join([*nobody, first.address])).node == "n1"
 
 
 async def test_a_blank_node_prefers_the_address_that_belongs_to_a_cluster(cluster: Cluster) -> None:
@@ -257,6 +267,16 @@ async def test_stop_ends_every_task_at_once_and_may_be_repeated(cluster: Cluster
         await stopped.gossip.handle(b"")
     with pytest.raises(GossipStopped):
         stopped.gossip.set_meta({})
+
+
+async def test_a_join_under_way_ends_when_gossip_stops(cluster: Cluster) -> None:
+    second = await cluster.start("n2")
+    joining = asyncio.create_task(second.gossip.join([f"127.0.0.1:{free_port()}"]))
+    await asyncio.sleep(0)
+    await second.gossip.stop()
+    async with asyncio.timeout(5):  # half of what a round would wait for an answer
+        with pytest.raises(GossipStopped):
+            await joining
 
 
 async def test_what_is_set_before_the_start_is_announced_after_it() -> None:

@@ -26,7 +26,7 @@ from p2p import cluster as cluster_module
 from p2p import formation
 from p2p.cluster import PROTOCOL, Cluster
 from p2p.effects import Config
-from p2p.formation import MAX_CLOSURE, Found, Hello, Join, Refuse, Wait, confirms, decide
+from p2p.formation import MAX_CLOSURE, Hello, Join, Refuse, Wait, confirms, decide
 from p2p.ids import ClusterId, DiskId, NodeId, voter_id
 from p2p.peers import PeerUnreachable
 
@@ -47,7 +47,6 @@ def kind(decision: formation.Decision) -> str:
     return type(decision).__name__
 
 
-C = "why"
 DECISIONS = [
     pytest.param(hello("a", "a"), {"a": hello("a", "a")}, "Found", id="only itself was named"),
     pytest.param(hello("a", "b"), {"b": "refused"}, "Wait", id="nobody answers"),
@@ -72,7 +71,9 @@ DECISIONS = [
     pytest.param(hello("b", "a", dialable=False), {"a": hello("a", "a")}, "Wait", id="nobody could dial this one"),
     pytest.param(hello("a", "a", dialable=False), {"a": hello("a", "a")}, "Wait", id="alone and not dialled"),
     pytest.param(hello("a", "b a"), {"b": hello("b", "a", dialable=False), "a": hello("a")}, "Found", id="the other"),
-    pytest.param(hello("b", "a b"), {"a": hello("a"), "b": hello("b", votes=False)}, "Found", id="of old"),
+    pytest.param(
+        hello("b", "a b"), {"a": hello("a"), "b": hello("b", votes=False)}, "Found", id="the higher never votes"
+    ),
 ]
 
 

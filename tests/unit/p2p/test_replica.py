@@ -210,7 +210,6 @@ def test_a_change_to_what_is_so_already_is_done_already() -> None:
 def test_what_waits_to_be_read_is_bounded() -> None:
     cluster = Cluster(3)
     cluster.elect("n3")
-    cluster.isolate = None  # type: ignore[attr-defined]
     replica = cluster.nodes["n3"].replica
     for context in range(MAX_READS):
         assert ReadFailed(context) not in replica.step(Read(context), cluster.now)

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from p2p.effects import Config, ReadReady
-from p2p.ids import Index, Term
-from p2p.messages import Append, AppendReply
-from p2p.replica import FOLLOWER, LEADER, ConfigRefused, Propose, Read, Reconfigure, Tick
+from p2p.ids import Index, Term, VoterId
+from p2p.messages import Append, AppendReply, TimeoutNow
+from p2p.replica import (
+    CLOSE_ENTRIES,
+    FAREWELL_SECONDS,
+    FOLLOWER,
+    LEADER,
+    ConfigRefused,
+    Propose,
+    Read,
+    Reconfigure,
+    Tick,
+)
 from tests.unit.p2p.interaction import Cluster, voter
 
 
@@ -117,10 +129,15 @@ def test_a_first_round_of_catching_up_is_not_over_before_anything_was_held() -> 
     cluster.stabilize()
     cluster.nodes["n2"].disk_hangs = True
     cluster.step("n1", Reconfigure(members("n1", "n2")))
-    cluster.run_to(cluster.now + 0.5)
+    cluster.run_to(cluster.now + 0.1)
+    cluster.sync("n2", 1)  # the term; the entries are still on their way to the disk
+    cluster.run_to(cluster.now + 0.3)
     learner = cluster.nodes["n1"].replica.progress[voter("n2")]
-    assert learner.match == 0
-    assert learner.round_seconds == float("inf")
+    assert (learner.match, learner.round_seconds) == (0, float("inf"))
+    cluster.nodes["n2"].disk_hangs = False
+    cluster.run_to(cluster.now + 0.3)
+    assert learner.match == 1002
+    assert learner.round_seconds < 1
 
 
 def test_a_configuration_that_is_none_is_dropped_before_anything_changes() -> None:
@@ -133,3 +150,77 @@ def test_a_configuration_that_is_none_is_dropped_before_anything_changes() -> No
     cluster.stabilize()
     assert [e.term for e in cluster.log("n1")] == [1, 1]
     assert replica.dropped == 1
+
+
+def test_a_removal_that_is_not_committed_yet_removes_no_leader() -> None:
+    """What lies before it in the log may be committed earlier."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    cluster.step("n3", Propose((b"x",)))
+    cluster.step("n3", Reconfigure(members("n1 n2")))
+    for name in ("n1", "n2"):
+        cluster.deliver("n3", name, 1)
+        cluster.sync(name)
+        cluster.deliver(name, "n3")
+    leader = cluster.nodes["n3"].replica
+    assert (leader.journal.commit_index, leader.journal.log.config_index) == (2, 3)
+    assert leader.role == LEADER
+    cluster.stabilize()
+    assert leader.role == FOLLOWER
+
+
+def test_a_voter_that_was_just_removed_is_a_learner_before_it_votes_again() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    cluster.step("n3", Reconfigure(members("n2 n3")))
+    cluster.stabilize()
+    assert voter("n1") in cluster.nodes["n3"].replica.progress
+    with pytest.raises(ConfigRefused, match="must be a learner first"):
+        cluster.step("n3", Reconfigure(members("n1 n2 n3")))
+    cluster.step("n3", Reconfigure(members("n2 n3", "n1")))
+    cluster.run_to(cluster.now + FAREWELL_SECONDS + 1)
+    assert voter("n1") in cluster.nodes["n3"].replica.progress
+    cluster.step("n3", Reconfigure(members("n1 n2 n3")))
+    cluster.run_to(cluster.now + 0.3)
+    assert cluster.nodes["n1"].replica.config == members("n1 n2 n3")
+
+
+def test_a_learner_that_is_far_behind_is_not_made_a_voter() -> None:
+    cluster = with_learner()
+    cluster.nodes["n2"].disk_hangs = True
+    cluster.step("n1", Propose((b"x",) * (CLOSE_ENTRIES + 1)))
+    cluster.stabilize()
+    with pytest.raises(ConfigRefused, match="not up to date"):
+        cluster.step("n1", Reconfigure(members("n1 n2")))
+    cluster.nodes["n2"].disk_hangs = False
+    cluster.stabilize()
+    assert cluster.step("n1", Reconfigure(members("n1 n2")))
+
+
+def test_who_has_no_vote_does_not_stand_though_its_leader_says_so() -> None:
+    cluster = with_learner()
+    cluster.receive("n2", "n1", TimeoutNow(Term(1), Index(2)))
+    assert cluster.nodes["n2"].replica.role == FOLLOWER
+    assert cluster.nodes["n2"].replica.term == 1
+
+
+# -- the body of a configuration entry ---------------------------------------------------------------------------------
+
+names = st.text("abcxyz0189-", min_size=1, max_size=4).map(lambda name: VoterId(f"{name}@{name}"))
+
+
+@given(st.lists(names, unique=True, max_size=6), st.integers(0, 6))
+def test_a_configuration_is_read_as_it_was_written(voters: list[VoterId], split: int) -> None:
+    config = Config(tuple(sorted(voters[:split])), tuple(sorted(voters[split:])))
+    assert Config.decode(config.encode()) == config
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"a@1", b"a@1,;", b",a@1;", b"a@1,,b@1;", b"a@1,a@1;", b"a@1;a@1", b";a@1,a@1", b"\xff;", b"a@1;b@1;c@1,"],
+)
+def test_what_is_no_configuration_is_refused(body: bytes) -> None:
+    with pytest.raises(ValueError):
+        Config.decode(body)

@@ -134,6 +134,32 @@ def test_a_voter_that_is_alone_for_days_keeps_asking() -> None:
     assert n3.replica.election.deadline - cluster.now <= cluster.timers.longest_backoff
 
 
+def test_a_round_of_votes_begins_when_they_are_asked_for() -> None:
+    """Not when the candidate's own disk was asked to keep its vote."""
+    cluster = Cluster(3)
+    node = cluster.nodes["n3"]
+    node.disk_hangs = True
+    cluster.now = 0.65
+    cluster.tick("n3")
+    cluster.stabilize()
+    whole_round = node.replica.election.deadline - 0.65
+    cluster.now = 0.85
+    cluster.sync("n3")
+    assert node.replica.election.deadline == pytest.approx(0.85 + whole_round)
+
+
+def test_a_pre_vote_for_another_term_does_not_count() -> None:
+    """It answers a question of an earlier round, when the asker's term was another."""
+    cluster = Cluster(3)
+    cluster.preset("n3", [4])
+    cluster.now = 0.65
+    cluster.tick("n3")
+    cluster.receive("n3", "n1", PreVoteReply(Term(1), Term(2), True, ""))
+    assert cluster.nodes["n3"].replica.role == FOLLOWER
+    cluster.receive("n3", "n1", PreVoteReply(Term(4), Term(5), True, ""))
+    assert cluster.nodes["n3"].replica.role == CANDIDATE
+
+
 def test_disks_slower_than_a_round_elect_a_leader_at_last() -> None:
     """PROTOCOL §1, Timers: the round's time grows. Both fsyncs of a vote take 0.4 s here, more than a first round."""
     cluster = Cluster(3)
@@ -270,3 +296,102 @@ def test_a_favourite_that_does_not_take_the_seat_is_not_asked_again_at_once() ->
     assert len(handovers) > 1
     steady = cluster.timers.preempt_steady
     assert all(later - earlier >= steady for earlier, later in itertools.pairwise(handovers))
+
+
+# -- votes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["n1", "n3"], ids=["who hears the leader", "the leader itself"])
+def test_a_vote_inside_a_lease_is_refused_and_its_term_not_taken(name: str) -> None:
+    """Ongaro §4.2.3; but whoever was told to stand by the leader is not disturbing it."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    ask = Vote(Term(5), Index(9), Term(4), False)
+    replica = cluster.nodes[name].replica
+    assert sent(cluster.step(name, Received(voter("n2"), ask))) == [VoteReply(Term(1), False, "lease")]
+    assert (replica.term, replica.leader) == (1, voter("n3"))
+    cluster.receive(name, "n2", ask._replace(transfer=True))
+    assert (replica.term, replica.voted_for) == (5, voter("n2"))
+
+
+def test_one_vote_a_term() -> None:
+    cluster = Cluster(3)
+    cluster.now = 0.65
+    ask = Vote(Term(1), Index(0), Term(0), False)
+    for sender in ("n2", "n3", "n2"):
+        cluster.receive("n1", sender, ask)
+        cluster.stabilize("n1")
+    assert cluster.wire["n1", "n3"][-1] == VoteReply(Term(1), False, "voted")
+    assert list(cluster.wire["n1", "n2"]) == [VoteReply(Term(1), True, "")] * 2
+
+
+def test_a_vote_for_a_term_that_is_past_is_refused_with_the_term() -> None:
+    cluster = Cluster(3)
+    cluster.preset("n1", [3])
+    ask = Vote(Term(2), Index(9), Term(2), False)
+    assert sent(cluster.step("n1", Received(voter("n3"), ask))) == [VoteReply(Term(3), False, "term")]
+
+
+def test_giving_a_vote_gives_time_and_refusing_it_does_not() -> None:
+    """Raft §5.2: only a candidate that may win is waited for."""
+    cluster = Cluster(3)
+    cluster.preset("n1", [1])
+    replica = cluster.nodes["n1"].replica
+    cluster.now = 0.65
+    before = replica.election.deadline
+    cluster.receive("n1", "n2", Vote(Term(2), Index(0), Term(0), False))
+    assert replica.election.deadline == before
+    cluster.receive("n1", "n3", Vote(Term(3), Index(1), Term(1), False))
+    assert replica.election.deadline >= cluster.now + cluster.timers.election
+
+
+# -- a timeout that follows the network (PROTOCOL §1: adaptive, only upwards) ------------------------------------------
+
+
+def beat(cluster: Cluster, seconds: float, late: dict[str, int]) -> None:
+    """Heartbeats of n3; the answers of each other arrive so many beats late."""
+    end = cluster.now + seconds
+    while cluster.now < end:
+        cluster.now += cluster.timers.heartbeat + 1e-6
+        cluster.tick("n3")
+        for name, beats in late.items():
+            cluster.deliver("n3", name)
+            cluster.stabilize(name)
+            while len(cluster.wire.get((name, "n3"), ())) > beats:
+                cluster.deliver(name, "n3", 1)
+
+
+def test_where_a_majority_answers_slowly_everybody_waits_longer_and_later_no_longer() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    leader, n1 = cluster.nodes["n3"].replica, cluster.nodes["n1"].replica
+    beat(cluster, 8, {"n1": 4, "n2": 4})
+    slow = cluster.timers.slow_factor * 4 * cluster.timers.heartbeat
+    assert leader.role == LEADER
+    assert leader.election.timeout == pytest.approx(slow, rel=0.02)
+    assert n1.election.timeout == pytest.approx(slow, rel=0.02)
+    assert n1.election.deadline - n1.election.contact >= slow
+    beat(cluster, 25, {"n1": 0, "n2": 0})
+    assert leader.election.timeout == n1.election.timeout == cluster.timers.election
+
+
+def test_one_slow_follower_of_two_slows_nobody() -> None:
+    """A majority is the leader and the faster one."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    beat(cluster, 8, {"n1": 4, "n2": 0})
+    assert cluster.nodes["n3"].replica.election.timeout == cluster.timers.election
+
+
+def test_a_leader_that_waits_longer_also_leads_longer_unanswered() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    beat(cluster, 8, {"n1": 4, "n2": 4})
+    leader = cluster.nodes["n3"].replica
+    contact = max(p.contact for p in leader.progress.values())
+    cluster.now = contact + leader.election.timeout - 0.01
+    cluster.tick("n3")
+    assert leader.role == LEADER
+    cluster.now = contact + leader.election.timeout + 0.01
+    cluster.tick("n3")
+    assert leader.role == FOLLOWER

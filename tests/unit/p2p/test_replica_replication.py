@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from p2p.effects import Effect, ReadReady
+from p2p.effects import Effect, Entry, Fetch, ReadReady
 from p2p.ids import Index, Term
-from p2p.journal.progress import PROBE, REPLICATE
+from p2p.journal.progress import BATCH_BYTES, BATCH_ENTRIES, PROBE, REPLICATE, SNAPSHOT
 from p2p.messages import Append, AppendReply, BadMessage, decode, encode
-from p2p.replica import Propose, Read, Received, Unreachable
+from p2p.replica import Fetched, Propose, Read, Received, Tick, Unreachable
 from tests.unit.p2p.interaction import Cluster, voter
 
 
@@ -121,3 +121,141 @@ def test_entries_that_go_back_in_term_are_dropped_before_anything_changes() -> N
     for entries in [((2, 0, b""), (1, 0, b"")), ((4, 0, b""),), ((0, 0, b""),)]:
         with pytest.raises(BadMessage, match="term"):
             decode(encode(Append(Term(3), Index(1), Term(1), entries, Index(0), 1, ())))
+
+
+def test_a_batch_is_bounded_in_bytes() -> None:
+    """A heartbeat must not wait behind megabytes (PROTOCOL §2.16)."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    cluster.step("n3", Propose((b"x" * (BATCH_BYTES // 2),) * 5))
+    sizes = [[len(body) for _, _, body in batch.entries] for batch in appends(cluster, "n3", "n1")]
+    assert sizes == [[BATCH_BYTES // 2] * 2, [BATCH_BYTES // 2] * 2, [BATCH_BYTES // 2]]
+
+
+def test_a_batch_is_bounded_in_entries() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    cluster.step("n3", Propose((b"x",) * (BATCH_ENTRIES * 2 + 1)))
+    assert [len(batch.entries) for batch in appends(cluster, "n3", "n1")] == [BATCH_ENTRIES, BATCH_ENTRIES, 1]
+
+
+def fetching() -> tuple[Cluster, Index]:
+    """n3 leads anew and reads from its disk what n1 lacks; where that begins."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    cluster.crash("n1")
+    cluster.step("n3", Propose((b"x",) * 3))
+    cluster.run_to(cluster.now + 0.3)
+    cluster.crash("n3")
+    cluster.restart("n3")
+    cluster.nodes["n3"].chores_wait = True
+    cluster.elect("n3")
+    cluster.restart("n1")
+    cluster.run_to(cluster.now + 0.8)
+    (fetch,) = [chore for chore in cluster.nodes["n3"].chores if isinstance(chore, Fetch)]
+    assert (fetch.to, fetch.first) == (voter("n1"), 2)
+    return cluster, fetch.first
+
+
+def entries(first: int, *terms: int) -> tuple[Entry, ...]:
+    return tuple(Entry(Index(at), Term(term), b"x") for at, term in enumerate(terms, first))
+
+
+def test_what_was_read_is_sent() -> None:
+    cluster, first = fetching()
+    cluster.step("n3", Fetched(voter("n1"), entries(first, 1, 1, 1)))
+    (batch,) = appends(cluster, "n3", "n1")
+    assert (batch.prev_index, len(batch.entries)) == (1, 3)
+    assert not cluster.nodes["n3"].replica.progress[voter("n1")].fetching
+
+
+STALE = {
+    "nothing was found": (),
+    "it begins elsewhere": entries(3, 1, 1),
+    "it is of another term than the log is now": entries(2, 1, 1, 9),
+    "it goes beyond the log": entries(2, 1, 1, 1, 2, 2),
+}
+
+
+@pytest.mark.parametrize("found", STALE.values(), ids=STALE)
+def test_what_was_read_and_does_not_fit_any_more_is_not_sent(found: tuple[Entry, ...]) -> None:
+    """The disk answered a question of an earlier seat. The next beat asks again."""
+    cluster, first = fetching()
+    cluster.step("n3", Fetched(voter("n1"), found))
+    assert appends(cluster, "n3", "n1") == []
+    cluster.now += 0.1
+    assert Fetch(voter("n1"), first, BATCH_ENTRIES, BATCH_BYTES) in cluster.step("n3", Tick())
+
+
+def test_what_was_read_for_nobody_is_dropped() -> None:
+    cluster, first = fetching()
+    assert cluster.step("n3", Fetched(voter("n2"), entries(first, 1))) == []
+    assert cluster.step("n3", Fetched(voter("n9"), entries(first, 1))) == []
+    assert cluster.step("n2", Fetched(voter("n1"), entries(first, 1))) == []
+
+
+# -- what answers say --------------------------------------------------------------------------------------------------
+
+
+def three() -> Cluster:
+    """n3 leads, and both others hold entry 1."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    return cluster
+
+
+def test_an_answer_that_was_overtaken_does_not_look_like_a_lost_disk() -> None:
+    """It tells an end of the log that was true when it was sent."""
+    cluster = three()
+    for body in (b"a", b"b"):
+        cluster.step("n3", Propose((body,)))
+        cluster.deliver("n3", "n1")
+        cluster.sync("n1")
+    answers = cluster.wire["n1", "n3"]
+    answers.rotate(1)
+    cluster.deliver("n1", "n3")
+    progress = cluster.nodes["n3"].replica.progress[voter("n1")]
+    assert (progress.match, progress.regressed) == (3, False)
+
+
+def refusal(cluster: Cluster, first: int, last: int, *, term: int = 0) -> AppendReply:
+    round = cluster.nodes["n3"].replica._round
+    return AppendReply(Term(1), False, Index(0), Term(term), Index(first), Index(last), round, 0, True)
+
+
+def test_a_refusal_of_what_is_known_to_be_held_changes_nothing() -> None:
+    cluster = three()
+    progress = cluster.nodes["n3"].replica.progress[voter("n1")]
+    cluster.receive("n3", "n1", refusal(cluster, 1, 5))
+    assert (progress.state, progress.match, progress.next) == (REPLICATE, 1, 2)
+
+
+def test_a_refusal_while_a_snapshot_is_installed_changes_nothing() -> None:
+    cluster = three()
+    progress = cluster.nodes["n3"].replica.progress[voter("n1")]
+    progress.state = SNAPSHOT
+    cluster.receive("n3", "n1", refusal(cluster, 2, 1))
+    assert progress.state == SNAPSHOT
+
+
+def test_what_a_lost_disk_held_commits_nothing() -> None:
+    """n1 had acknowledged entry 2, and came back without it before the leader's own disk held it."""
+    cluster = three()
+    cluster.crash("n2")
+    cluster.nodes["n3"].disk_hangs = True
+    cluster.step("n3", Propose((b"x",)))
+    cluster.stabilize()
+    leader = cluster.nodes["n3"].replica
+    assert leader.progress[voter("n1")].match == 2
+    cluster.crash("n1")
+    cluster.forget("n1", 1)
+    cluster.now += 0.1
+    cluster.tick("n3")
+    cluster.stabilize()
+    assert leader.progress[voter("n1")].regressed
+    cluster.sync("n3")
+    assert leader.journal.commit_index == 1

@@ -134,6 +134,20 @@ def test_nothing_is_appended_or_applied_meanwhile_but_the_leader_is_answered() -
     assert (answer.ok, answer.match, answer.round, answer.ready) == (True, 0, 9, False)
 
 
+def test_what_was_committed_before_is_not_applied_meanwhile() -> None:
+    """The state is about to be replaced: whatever is applied to the old one could be applied to the new one again."""
+    cluster = follower(1)
+    cluster.nodes["n1"].disk_hangs = True
+    cluster.receive("n1", "n3", Append(Term(2), Index(1), Term(1), ((2, 0, b"x"),), Index(2), 1, ()))
+    cluster.receive("n1", "n3", offer(5, 2))
+    replica = cluster.nodes["n1"].replica
+    assert (replica.journal.commit_index, replica.installing is not None) == (2, True)
+    cluster.sync("n1")
+    assert cluster.nodes["n1"].applied == 1
+    cluster.step("n1", InstallFailed())
+    assert cluster.nodes["n1"].applied == 2
+
+
 def test_who_installs_does_not_stand_but_votes() -> None:
     cluster = installing()
     replica = cluster.nodes["n1"].replica

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from p2p.ids import NodeId
+from p2p.membership.core import GOSSIP
 from p2p.membership.events import Changed, LoopLag, SetMeta, Tick, Updated
 from p2p.membership.member import State
 from p2p.membership.message import Ack, Nack, News, Ping, Probe
@@ -238,6 +239,18 @@ def test_a_node_that_slept_gives_suspects_the_time_it_was_not_there() -> None:
     assert driven.state_of("n0") is State.ALIVE
 
 
+def test_confirmations_after_a_sleep_count_from_when_this_node_listened_again() -> None:
+    driven = Driven(*PEERS, health_silent=9)
+    driven.hear(PEERS[0].as_(State.SUSPECT, by=NodeId("n1")), by=PEERS[1])
+    driven.now += 10.0
+    driven.step(Tick())
+    for accuser in ("n2", "n3"):
+        driven.hear(PEERS[0].as_(State.SUSPECT, by=NodeId(accuser)), by=PEERS[4])
+    driven.advance(3.0)
+    assert driven.state_of("n0") is State.SUSPECT
+    driven.until(lambda _: driven.state_of("n0") is State.DEAD, seconds=3.0)
+
+
 def test_without_lifeguard_a_sleeper_accuses_as_soon_as_it_wakes() -> None:
     """The comparison `bench.gossip` makes; also shows that the tests above can fail."""
     driven = Driven(*PEERS, lifeguard=False)
@@ -263,6 +276,13 @@ def test_what_a_member_announces_anew_is_an_update_and_no_change() -> None:
     driven = Driven(*PEERS)
     effects = driven.hear(record("n0", incarnation=1_001, meta={"zone": "a"}))
     assert [u.member.meta for u in only(effects, Updated)] == [{"zone": "a"}] and not only(effects, Changed)
+
+
+def test_what_only_its_own_subject_could_be_told_is_told_to_nobody_and_forgotten() -> None:
+    driven = Driven(record("n0"))
+    driven.hear(record("n0", incarnation=1_001))
+    told = [send for send in sends(driven.advance(1.0)) if isinstance(send.message.body, News)]
+    assert not told and GOSSIP not in driven.core._timers
 
 
 def test_idle_gossip_sends_nothing_but_probes() -> None:
