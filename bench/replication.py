@@ -1,8 +1,8 @@
 """What does it cost to have every entry on a majority of three disks?
 
-*No-op jobs*: submitted, claimed and completed over HTTP at the leader, by `bench.throughput.noop`, on one voter and then
-on three in the same run. *One write*: single submits one after the other, at the leader and through a follower. *At
-rest*: CPU time and memory of the three processes over a minute in which nobody asks anything.
+*No-op jobs*: submitted, claimed and completed over HTTP at the leader, by `bench.throughput.noop`, on one voter and
+then on three in the same run. *One write*: single submits one after the other, at the leader and through a follower.
+*At rest*: CPU time and memory of the three processes over a minute in which nobody asks anything.
 
 Usage: python -m bench.replication [--noop N] [--writes N] [--rest SECONDS]
 """
@@ -15,9 +15,9 @@ import time
 
 import psutil
 
-from bench.cluster import Caller, voters
 from bench.harness import quantile, report
 from bench.throughput import noop
+from bench.voters import Caller, voters
 from tests.nodes import ClusterProcesses, NodeProcess
 
 BATCH = 1_000

@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.cluster import Caller, voters
 from bench.harness import quantile, report
+from bench.voters import Caller, voters
 from tests.cluster import netns
 from tests.nodes import ClusterProcesses
 

@@ -124,7 +124,7 @@ class ClusterSettings(Section):
     young_steady_seconds: float = Field(5, ge=0, description="the same, while there are fewer voters than voter_target")
     replace_dead_after_seconds: float = Field(600, ge=5, description="a dead voter is replaced after this")
     max_clock_skew_seconds: float = Field(30, gt=0, description="whose clock is further off is refused at join")
-    snapshot_entries: int = Field(50_000, ge=10, description="a snapshot is made after this many entries of the journal")
+    snapshot_entries: int = Field(50_000, ge=10, description="a snapshot is made after this many entries")
     keep_entries: int = Field(10_000, ge=0, description="entries kept behind a snapshot; who lacks more is sent one")
 
     @field_validator("voter_target")

@@ -61,6 +61,7 @@ DOUBT_SECONDS = 1.5  # a suspicion that is wrong is refuted sooner
 FORMATION_SECONDS = 0.5
 SAY_EVERY_SECONDS = 5.0
 AUTOPILOT_SECONDS = 1.0
+CHANGES_A_TURN = 4  # one after the other, each committed before the next is decided
 ASK_SECONDS = 2.0
 CHUNK = 1 << 20
 CHUNK_SECONDS = 10.0
@@ -618,10 +619,11 @@ class Cluster:
         if time.monotonic() - self._ordered_at < OPERATOR_SECONDS:
             self.autopilot_says = "an operator has just changed the voters"
             return
-        change = self._change_due()
-        self.autopilot_says = change.why if change is not None else "nothing to do"
-        if change is not None:
-            await self._reconfigure(change)
+        for _ in range(CHANGES_A_TURN):
+            change = self._change_due()
+            self.autopilot_says = change.why if change is not None else "nothing to do"
+            if change is None or not await self._reconfigure(change):
+                return
 
     async def _gave_way(self) -> bool:
         """A leader that nobody can dial serves nobody but itself: it brings the others up to date, and hands over."""
@@ -680,13 +682,15 @@ class Cluster:
             ),
         )
 
-    async def _reconfigure(self, change: autopilot.Change) -> None:
-        """Carries a change out. Raises nothing: what was refused now is decided again in a second."""
+    async def _reconfigure(self, change: autopilot.Change) -> bool:
+        """Carries a change out; whether it did. Raises nothing: what was refused now is decided again in a second."""
         try:
             await self._set_config(change.config)
-            log.info("voters are %s: %s", ", ".join(map(node_of, change.config.voters)), change.why)
         except (Refused, OutcomeUnknown) as error:
             log.info("not changed (%s): %s", change.why, error)
+            return False
+        log.info("voters are %s: %s", ", ".join(map(node_of, change.config.voters)), change.why)
+        return True
 
     async def _set_config(self, config: Config) -> None:
         """Raises Refused or OutcomeUnknown."""

@@ -610,10 +610,9 @@ class Driver:
         chain: Future[bytes | None] = Future()
         self._put(lambda: config.set_result(self._replica.journal.log.config_at(Index(index))))
         self._writer.do(lambda store: chain.set_result(store.chain_at(Index(index))))
-        while not (config.done() and chain.done()):
+        while not (wait([chain], ASK_SECONDS).done and wait([config], ASK_SECONDS).done):
             if self._stopping or self._dead:
                 return None
-            wait([chain], timeout=ASK_SECONDS)
         known = chain.result()
         return (known, config.result()) if known is not None else None
 

@@ -43,8 +43,8 @@ class Gate:
         self._check_origin(request)
         if request.path in OPEN_PATHS:
             return
-        # What nodes ask of each other is not for everybody who has an account here, and a node with the wrong token must
-        # be told so even on the same machine.
+        # What nodes ask of each other is not for everybody who has an account here, and a node with the wrong token
+        # must be told so even on the same machine.
         reading = request.method in SAFE_METHODS and not request.path.startswith(PEER_PATHS)
         if self._token is not None:
             if not (reading and self._from_loopback(request)):

@@ -54,10 +54,12 @@ def status(node: Client) -> Told:
     """``{"asked", "leader", "term", "cluster", "nodes": [{node, role, state, lag, …}], …}``. Never needs a leader: then
     nothing is known of lags."""
     here = node.get("/status?consistency=stale")
-    try:
-        table: Told = node.get("/admin/voters")
-    except CliError:
-        table = {}
+    table: Told = {}
+    if here.get("leader_id") is not None:
+        try:
+            table = node.get("/admin/voters")
+        except CliError:
+            pass  # its lags are not known, then
     rows = {row["node"]: row for key in ("voters", "learners") for row in table.get(key, ())}
     nodes = []
     for name, member in sorted((here.get("peers") or {}).items()):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,9 +96,21 @@ async def test_room_that_is_made_while_a_claim_is_parked_reaches_the_leader(led:
     asking = asyncio.create_task(desk.claim(WORKER, wait_seconds=30))
     while not led.a.desk._parked:
         await asyncio.sleep(0.001)
-    for places in (0, 0, 1):  # the last word counts, however many there were
+    on_its_way, let_go = asyncio.Event(), asyncio.Event()
+
+    async def slowly(request: web.Request) -> None:
+        if request.path == "/peer/desk/room":
+            on_its_way.set()
+            await let_go.wait()
+
+    led.a.before = slowly
+    desk.make_room(Room(FREE, FREE, 0))
+    await on_its_way.wait()
+    for places in (0, 1):  # the last word counts, however many there were
         desk.make_room(Room(FREE, FREE, places))
-    jobs, _ = await asking
+    let_go.set()
+    async with asyncio.timeout(10):
+        jobs, _ = await asking
     assert [told["id"] for told in jobs] == [job]
     assert led.a.desk.rooms[WORKER].max_jobs == 1
     await asyncio.sleep(0)

@@ -338,10 +338,11 @@ async def test_an_outcome_that_stays_unknown_is_never_told_as_not_done(led: Boxe
     assert len(led.jobs()) == 1
 
 
-async def test_a_refusal_of_the_second_attempt_says_nothing_of_the_first(led: Boxes) -> None:
+@pytest.mark.parametrize("at", ["b", "c"], ids=["asked at a follower", "asked at the next leader"])
+async def test_a_refusal_of_the_second_attempt_says_nothing_of_the_first(led: Boxes, at: str) -> None:
     led.ill(led.a, led.committed_and_deposed)
     led.c.desk.disk_low = True
-    asking = asyncio.create_task(led.b.ask("POST", "/jobs", JOB))
+    asking = asyncio.create_task(getattr(led, at).ask("POST", "/jobs", JOB))
     while led.leader is not None:
         await asyncio.sleep(0.001)
     await led.elect(led.c)

@@ -298,6 +298,19 @@ def test_a_favourite_that_does_not_take_the_seat_is_not_asked_again_at_once() ->
     assert all(later - earlier >= steady for earlier, later in itertools.pairwise(handovers))
 
 
+def test_an_order_to_stand_of_an_earlier_term_is_void() -> None:
+    """It was on its way while its sender was deposed and elected anew."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.crash("n3")
+    cluster.restart("n3")
+    cluster.elect("n3")
+    cluster.receive("n1", "n3", TimeoutNow(Term(1), Index(2)))
+    assert (cluster.nodes["n1"].replica.role, cluster.nodes["n1"].replica.term) == (FOLLOWER, 2)
+    cluster.receive("n1", "n3", TimeoutNow(Term(2), Index(2)))
+    assert (cluster.nodes["n1"].replica.role, cluster.nodes["n1"].replica.term) == (CANDIDATE, 3)
+
+
 # -- votes -------------------------------------------------------------------------------------------------------------
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from p2p.effects import Config, Effect, Install, OfferSnapshot, RoleChanged, SnapshotMeta
+from p2p.effects import Config, Effect, HardState, Install, OfferSnapshot, RoleChanged, SnapshotMeta
 from p2p.ids import Index, Term, VoterId
+from p2p.journal.log import LogStart
 from p2p.journal.progress import REPLICATE, SNAPSHOT
 from p2p.messages import Append, AppendReply, PreVote, PreVoteReply, SnapshotOffer, TimeoutNow, Vote, VoteReply
 from p2p.replica import (
@@ -15,6 +16,7 @@ from p2p.replica import (
     Persisted,
     Propose,
     Received,
+    Replica,
     Tick,
     Unreachable,
 )
@@ -242,6 +244,8 @@ def test_what_was_read_for_somebody_who_needs_a_snapshot_by_now_is_not_sent() ->
     progress = cluster.nodes["n3"].replica.progress[voter("n1")]
     assert progress.state == REPLICATE
     assert cluster.log("n1") == cluster.log("n3")
+    # That it is installed is told unasked: no measure of how fast the follower answers.
+    assert max(progress.answers) < 0.1
 
 
 def test_compaction_of_what_a_fetch_was_asked_for_ends_in_a_snapshot() -> None:
@@ -295,3 +299,19 @@ def test_a_voter_named_by_an_installed_configuration_stands_when_its_time_comes(
     assert deadline > cluster.now
     replica.step(Tick(), deadline)
     assert replica.election.ballot is not None
+
+
+def test_a_term_that_only_the_installed_log_tells_of_is_taken_over_at_a_start() -> None:
+    """The power failed after the log was put in place and before the later term was written. In that term this voter
+    has not voted: its vote would have been on disk first."""
+    start = LogStart(base=Index(5), base_term=Term(7), base_config=CONFIG, last=Index(5))
+    replica = Replica(voter("n1"), HardState(Term(4), voter("n2")), start, applied=Index(5), now=0.0, draw=lambda: 0.0)
+    assert (replica.term, replica.voted_for) == (7, None)
+    replica.step(Received(voter("n3"), Vote(Term(7), Index(5), Term(7), False)), 0.0)
+    assert replica.voted_for == voter("n3")
+
+
+def test_a_term_later_than_the_log_is_kept_with_its_vote() -> None:
+    start = LogStart(base=Index(5), base_term=Term(4), base_config=CONFIG, last=Index(5))
+    replica = Replica(voter("n1"), HardState(Term(4), voter("n2")), start, applied=Index(5), now=0.0, draw=lambda: 0.0)
+    assert (replica.term, replica.voted_for) == (4, voter("n2"))

@@ -69,6 +69,30 @@ def test_a_voter_that_has_just_started_may_have_heard_a_leader() -> None:
     assert core(now=5.0).in_lease(5.5)
 
 
+@pytest.mark.parametrize(
+    ("asked", "gets"),
+    [(0.0, E), (0.2, E), (2.0, 2.0), (99.0, T.longest_election)],
+    ids=["none", "less", "more", "most"],
+)
+def test_a_leader_may_ask_for_a_longer_timeout_within_bounds(asked: float, gets: float) -> None:
+    """PROTOCOL §1: adaptive, only upwards. The lease, the deadline and the excuse follow it."""
+    voter = core(C)
+    voter.heard(10.0, (), VOTERS, asked)
+    assert voter.timeout == gets
+    assert voter.deadline == pytest.approx(10.0 + gets + T.guard)
+    assert voter.in_lease(10.0 + gets - 0.001)
+    assert not voter.in_lease(10.0 + gets + 0.001)
+    assert voter.excuse(voter.deadline + 30)
+    assert voter.deadline == pytest.approx(10.0 + gets + T.guard + 30 + gets)
+
+
+def test_where_answers_are_slow_a_round_takes_longer_too() -> None:
+    voter = core(C, draw=1.0)
+    voter.set_timeout(2.0)
+    voter.stand(Term(1), VOTERS, 0.0, real=False)
+    assert voter.deadline == 1.0
+
+
 # -- excuses (PROTOCOL §2.15) ------------------------------------------------------------------------------------------
 
 
@@ -117,13 +141,50 @@ def test_a_real_ballot_has_its_time_from_when_it_was_asked() -> None:
     voter = core()
     voter.stand(Term(1), VOTERS, 0.0, real=False)
     voter.stand(Term(1), VOTERS, 0.1, real=True)
-    assert voter.deadline == pytest.approx(0.4)
+    first_round = voter.deadline - 0.1
+    assert T.round_timeout * 0.75 <= first_round <= T.round_timeout * 1.5
     voter.asked(0.5)
-    assert voter.deadline == pytest.approx(0.8)
+    assert voter.deadline == pytest.approx(0.5 + first_round)
     for _ in range(2):
         voter.stand(Term(1), VOTERS, 0.0, real=False)
     voter.asked(1.0)
-    assert voter.deadline == pytest.approx(1.675)
+    assert voter.deadline == pytest.approx(1.0 + first_round * T.backoff**2)
+
+
+def test_two_that_have_split_the_votes_do_not_ask_again_at_the_same_moment() -> None:
+    """Raft §5.2."""
+    ends = []
+    for draw in (0.0, 0.999):
+        voter = core(draw=draw)
+        voter.stand(Term(1), VOTERS, 0.0, real=False)
+        voter.asked(1.0)
+        ends.append(voter.deadline)
+    assert ends[1] - ends[0] >= T.jitter
+
+
+def test_who_refuses_an_older_log_stands_soon_itself() -> None:
+    """The asker cannot win, so others can be reached again: a wait that grew while nobody answered is cut short."""
+    voter = core(draw=1.0)
+    for _ in range(9):
+        voter.stand(Term(1), VOTERS, 5.0, real=False)
+    assert voter.deadline == 5.0 + T.longest_backoff
+    voter.hurry(6.0)
+    assert voter.deadline == pytest.approx(6.0 + T.guard + T.jitter)
+
+
+def test_a_round_that_has_just_begun_is_not_cut_short() -> None:
+    voter = core(draw=1.0)
+    for _ in range(9):
+        voter.stand(Term(1), VOTERS, 5.0, real=False)
+    voter.hurry(5.0)
+    assert voter.deadline == pytest.approx(5.0 + T.round_timeout + T.guard + T.jitter)
+
+
+def test_hurry_never_makes_a_voter_wait_longer() -> None:
+    voter = core(draw=1.0)
+    voter.deadline = 6.01
+    voter.hurry(6.0)
+    assert voter.deadline == 6.01
 
 
 def test_no_number_of_rounds_is_too_many() -> None:

@@ -155,8 +155,10 @@ class LogModel(RuleBasedStateMachine):
         for at in range(self.base + 1, self.last + 1):
             same = [n for n in range(self.base + 1, self.last + 1) if self.term(n) == self.term(at)]
             assert self.log.run_start(Index(at)) == same[0]
-            assert self.log.last_of(self.all[at - 1].term) == same[-1]
-        assert self.log.last_of(Term(1_000_000)) is None
+        kept = self.all[self.base :]
+        for term in range(max((e.term for e in self.all), default=0) + 2):
+            of_term = [e.index for e in kept if e.term == term]
+            assert self.log.last_of(Term(term)) == (of_term[-1] if of_term else None)
 
     @invariant()
     def what_is_kept_in_memory_is_the_newest_and_bounded(self) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from p2p.ids import Index, VoterId
-from p2p.journal.progress import PIPELINE, PROBE, REPLICATE, SNAPSHOT, Progress
+from p2p.journal.progress import ANSWERS, PIPELINE, PROBE, REPLICATE, SNAPSHOT, Progress
 
 F = VoterId("f@1")
 
@@ -134,6 +134,25 @@ def test_the_clock_of_what_is_under_way_runs_from_the_oldest_or_the_last_that_ar
     p.matched(Index(11), 5.0, 1)
     p.sent(Index(12), 9.0)
     assert p.sent_at == 9.0
+
+
+def test_how_slow_it_is_is_told_by_its_newest_answers() -> None:
+    p = progress()
+    p.answers.extend([0.5] * (ANSWERS // 4 - 1))
+    assert p.slowness() is None
+    p.answers.append(0.5)
+    assert p.slowness() == 0.5
+    p.answers.extend([0.1] * ANSWERS)
+    assert p.slowness() == 0.1
+    assert len(p.answers) == ANSWERS
+
+
+def test_one_slow_answer_of_a_hundred_is_no_slowness() -> None:
+    p = progress()
+    p.answers.extend([0.1] * 99 + [9.0])
+    assert p.slowness() == 0.1
+    p.answers.extend([9.0] * 5)
+    assert p.slowness() == 9.0
 
 
 # -- against a follower ------------------------------------------------------------------------------------------------
