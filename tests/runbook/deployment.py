@@ -1,6 +1,6 @@
 """A box as the runbook assumes it: a home, the project in ``~/p2p-orchestrator``, a node, ``python`` and ``ssh``.
 
-Three things are not the real ones, each no further from it than it must be:
+Four things are not the real ones, each no further from it than it must be:
 
 ``pkill``  A real one would kill the nodes of every other test on this machine. A PID namespace would keep it in, but
            needs root, or user namespaces that many machines and most containers forbid. So the real matcher (``pgrep``,
@@ -11,6 +11,8 @@ Three things are not the real ones, each no further from it than it must be:
            does: joins the words, has the login shell run them with ``-c`` in the home, and is done when nobody holds
            the output any more; so a command that forgets to redirect a daemon's output hangs, and one that kills its
            own shell is a lost connection (255).
+``python`` Each box of a fleet has its own host name and address; here they share both. So a node that is started on one
+           is told what its box would have told it: its name, and a port of its own.
 the clock  The page's thresholds are minutes and days. The node's process is started with its clocks set back by what a
            file says, and `pass_time` moves them on; what people read afterwards is the true time.
 """
@@ -26,7 +28,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,11 @@ BLOCK_SECONDS = 60.0
 NODE_ID = "box-1"
 TOKEN = "a-secret-that-is-only-for-tests"
 
-PYTHON_STAND_IN = '#!/bin/sh\nexec "{python}" "$@"\n'
+PYTHON_STAND_IN = """#!/bin/sh
+case "$1" in *p2p_orchestrator.py) script=$1; shift; exec "{python}" "$script" {flags} "$@" ;; esac
+exec "{python}" "$@"
+"""
+P2PCTL = '#!/bin/sh\nexec "{python}" -m p2p "$@"\n'
 
 PKILL = """#!{python} -SEs
 import os, re, signal, subprocess, sys
@@ -71,9 +77,14 @@ sys.exit(answer.returncode if answer.returncode > 1 else not hit)
 
 SSH = """#!/bin/bash
 while [[ $1 == -* ]]; do case $1 in -[opilF]) shift 2 ;; *) shift ;; esac; done
-shift   # the host
+host=$1; shift
+box="$RUNBOOK_FLEET/$host/environment"
+if [ -f "$box" ]; then  # another box: nothing of this shell goes along
+  for name in $(compgen -e); do unset "$name"; done
+  set -a; . "$box"; set +a
+fi
 cd "$HOME" || exit 255
-RUNBOOK_SSH=$$ "$BASH" -c "$*" < /dev/null 2>&1 | cat
+RUNBOOK_SSH=$$ "$BASH" -c "$*" 2>&1 | cat
 status=${PIPESTATUS[0]}
 (( status > 128 )) && exit 255
 exit "$status"
@@ -128,11 +139,11 @@ class Outcome:
 class Deployment:
     """See the module's docstring. `home` is a folder of its own; nothing is started yet."""
 
-    def __init__(self, home: Path, **settings: Any) -> None:
-        self.home, self.project = home, home / "p2p-orchestrator"
+    def __init__(self, home: Path, *, name: str = NODE_ID, flags: Sequence[str] = (), **settings: Any) -> None:
+        self.home, self.project, self.name, self.flags = home, home / "p2p-orchestrator", name, " ".join(flags)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.settings: dict[str, Any] = {**QUIET, "port": self.port}
+        self.settings: dict[str, Any] = {**QUIET, "node_id": name, "port": self.port}
         for section, values in settings.items():
             self.settings[section] = (
                 {**self.settings.get(section, {}), **values} if isinstance(values, dict) else values
@@ -163,10 +174,11 @@ class Deployment:
         (project / "config/jobs.yaml").write_text(yaml.safe_dump(_cheap_kinds()))
         self.write_settings()
         for path, text in (
-            (self.home / "bin/python", PYTHON_STAND_IN.format(python=sys.executable)),
+            (self.home / "bin/python", PYTHON_STAND_IN.format(python=sys.executable, flags=self.flags)),
+            (self.home / "bin/p2pctl", P2PCTL.format(python=sys.executable)),
             (self.home / "bin/pkill", PKILL.format(python=sys.executable, pgrep=pgrep)),
             (self.home / "bin/ssh", SSH),
-            (project / ".venv/bin/python", PYTHON_STAND_IN.format(python=sys.executable)),
+            (project / ".venv/bin/python", PYTHON_STAND_IN.format(python=sys.executable, flags=self.flags)),
         ):
             path.write_text(text)
             path.chmod(0o755)
@@ -200,7 +212,7 @@ class Deployment:
 
     @property
     def node_pid(self) -> int:
-        return int((self.project / "data" / NODE_ID / "node.lock").read_text())
+        return int((self.project / "data" / self.name / "node.lock").read_text())
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """(status, JSON body)."""
