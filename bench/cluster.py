@@ -105,7 +105,9 @@ class Boxes:
                 with contextlib.suppress(OSError, ValueError):
                     status, told = leader.ask("GET", "/admin/voters")
                     rows = told["voters"] if status == 200 else []
-                    if len(rows) == len(self.all) and all(row["leads"] or row.get("ready") for row in rows):
+                    well = len(rows) == len(self.all) and all(row["leads"] or row.get("ready") for row in rows)
+                    # What the leader says of one that was started a moment ago is what it said before it died.
+                    if well and all(box.ask("GET", "/ready")[0] == 200 for box in self.all):
                         return leader
             time.sleep(0.1)
         raise SystemExit(f"no {len(self.all)} voters within {FORM_SECONDS:g} s")

@@ -136,8 +136,9 @@ def decode(raw: bytes) -> Message:
 _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "term": int, "next_term": int, "last_index": int, "last_term": int, "priority": int, "granted": bool,
     "reason": str, "transfer": bool, "prev_index": int, "prev_term": int, "entries": tuple, "commit": int,
-    "round": int, "heirs": tuple, "timeout_ms": int, "ok": bool, "match": int, "conflict_term": int, "conflict_first": int,
-    "ready": bool, "index": int, "config": bytes, "chain": bytes, "name": str, "size": int, "sha256": str,
+    "round": int, "heirs": tuple, "timeout_ms": int, "ok": bool, "match": int, "conflict_term": int,
+    "conflict_first": int, "ready": bool, "index": int, "config": bytes, "chain": bytes, "name": str, "size": int,
+    "sha256": str,
 }  # fmt: skip
 _MAY_BE_NEGATIVE = frozenset({"priority"})
 LARGEST = 1 << 62  # the stores keep numbers in 64 bits with a sign

@@ -335,7 +335,10 @@ class Node:
     def _make_driver(self, store: DiskLog, loaded: Loaded, state: QueueState) -> Driver:
         policy = self.settings.cluster
         timers = WAN if policy.profile == "wan" else Timers()
-        timers = replace(timers, preempt_steady=policy.preempt_after_seconds if policy.preempt else float("inf"))
+        if policy.preempt:
+            timers = replace(timers, preempt_steady=policy.preempt_after_seconds)
+        else:
+            timers = replace(timers, preempt_steady=float("inf"), preempt_longest=float("inf"))
         replica = Replica(
             loaded.identity.voter,
             loaded.hard_state,

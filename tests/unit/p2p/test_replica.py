@@ -377,4 +377,4 @@ class OneVoter(RuleBasedStateMachine):
 
 
 TestOneVoter = OneVoter.TestCase
-TestOneVoter.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestOneVoter.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

@@ -17,6 +17,7 @@ from p2p.replica import (
     Propose,
     Received,
     Replica,
+    SnapshotOffered,
     Tick,
     Unreachable,
 )
@@ -315,3 +316,12 @@ def test_a_term_later_than_the_log_is_kept_with_its_vote() -> None:
     start = LogStart(base=Index(5), base_term=Term(4), base_config=CONFIG, last=Index(5))
     replica = Replica(voter("n1"), HardState(Term(4), voter("n2")), start, applied=Index(5), now=0.0, draw=lambda: 0.0)
     assert (replica.term, replica.voted_for) == (4, voter("n2"))
+
+
+def test_a_snapshot_that_nobody_needs_any_more_is_not_offered() -> None:
+    """It was made for a follower that has caught up, or has gone, meanwhile."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    for name in ("n1", "n9"):
+        assert cluster.step("n3", SnapshotOffered(voter(name), meta(1, 1))) == []
+    assert cluster.step("n2", SnapshotOffered(voter("n1"), meta(1, 1))) == []

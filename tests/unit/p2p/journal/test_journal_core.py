@@ -207,7 +207,7 @@ class Disk(RuleBasedStateMachine):
 
 
 TestDisk = Disk.TestCase
-TestDisk.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+TestDisk.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 def test_the_oldest_write_tells_how_long_the_disk_hangs() -> None:

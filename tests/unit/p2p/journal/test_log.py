@@ -176,7 +176,7 @@ class LogModel(RuleBasedStateMachine):
 
 
 TestLogModel = LogModel.TestCase
-TestLogModel.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestLogModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 # -- our own mistakes stop us ------------------------------------------------------------------------------------------

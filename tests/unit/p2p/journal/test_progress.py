@@ -250,4 +250,4 @@ class Following(RuleBasedStateMachine):
 
 
 TestFollowing = Following.TestCase
-TestFollowing.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestFollowing.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
