@@ -180,7 +180,7 @@ class Driver:
         self._replica, self._machine, self._clock = replica, machine, clock
         self._send, self._on_role, self._download = send, on_role, download
         self._on_events, self._on_fatal = on_events, on_fatal
-        self._dead = False
+        self._dead = self._started = False
         self._snapshots = snapshots
         setup = None
         if snapshots is not None and state_path is not None:
@@ -234,6 +234,7 @@ class Driver:
     def start(self) -> Future[Any]:
         """Starts. The future is done once this node first leads and the no-op of its term is applied, and with it
         everything that was ever acknowledged: until then it does not know what was once answered."""
+        self._started = True
         self._applier.start()
         self._writer.start()
         self._thread.start()
@@ -337,6 +338,8 @@ class Driver:
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        if not self._started:  # a start that failed before this one's turn came
+            self.start()
         self._thread.join()
         self._writer.stop()
         self._applier.stop()

@@ -180,7 +180,7 @@ class Node:
             callbacks=Callbacks(self._office, self._meta, self._capabilities, self._alert, self._cannot_go_on),
         )
         self.driver = self._make_driver(store, loaded, state)
-        self.driver.start()
+        self.cluster.driver = self.driver
         self._undo.append(lambda: asyncio.to_thread(self.driver.stop))
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reader")
         reader = await asyncio.wrap_future(self._reading.submit(QueueReader, str(self._state_path)))
@@ -202,6 +202,7 @@ class Node:
             self.resources = await asyncio.to_thread(detect, settings.data_dir, settings.resources)
         await self._listen(listener)
         await self.cluster.start(self.driver)
+        self.driver.start()  # the last of all: a lone voter is elected at once, and then the desk must be there
         self._undo.append(self.cluster.stop)
         self._undo.append(self.cluster.resign)
         if not settings.peers:
