@@ -44,7 +44,7 @@ def test_a_restart_waits_for_its_predecessor_says_so_and_takes_over(node: NodePr
     assert node.job(job)["state"] == "completed"
     node.kill()
     try:
-        wait_until(lambda: " leads a cluster of one" in other.log_text.split("waiting for")[-1], seconds=START_SECONDS)
+        wait_until(lambda: " listens on " in other.log_text.split("waiting for")[-1], seconds=START_SECONDS)
         other.wait_ready()
         assert other.job(job)["state"] == "completed"
     finally:

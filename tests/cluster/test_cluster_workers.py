@@ -1,0 +1,229 @@
+"""Jobs outlive leaders: what runs goes on, its result arrives at whoever leads then, once, and its log is read through
+every node, also of a worker that nobody can dial (DESIGN §5, §8.2, §8.5)."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.crashes import job_processes
+from tests.nodes import ClusterProcesses, NodeProcess, wait_until
+
+SETTINGS = {"cluster": {"young_steady_seconds": 0.3}, "queue": {"lease_seconds": 6}}
+HIDDEN = "n4"  # dials, and cannot be dialled
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcesses]:
+    """Three voters, each with a label of its own, and a worker behind a NAT."""
+    folder = tmp_path_factory.mktemp("workers")
+    each = {}
+    for name in ("n1", "n2", "n3", HIDDEN):
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({"cpus": 8, "memory_mb": 8000, "gpus": [], "labels": {"at": name}}))
+        each[name] = ["--resources", str(file)]
+    each[HIDDEN] += ["--advertise", "none"]
+    cluster = ClusterProcesses(folder, 3, flags=["--no-populate"], settings=SETTINGS, each=each)
+    hidden = cluster.make(HIDDEN, *each[HIDDEN])
+    hidden.flags += ["--peers", cluster["n1"].address]
+    try:
+        cluster.start("n1", "n2", "n3", voters=3)
+        cluster.start(HIDDEN)
+        yield cluster
+    finally:
+        cluster.destroy()
+
+
+@pytest.fixture(autouse=True)
+def whole(cluster: ClusterProcesses) -> Iterator[None]:
+    yield
+    for node in cluster.all:
+        if node.running:
+            node.thaw()
+        else:
+            node.start(wait=False)
+    cluster.wait_voters(3)
+
+
+def gated(gate: Path, ledger: Path, at: NodeProcess, **more: Any) -> dict[str, Any]:
+    """A job of that node that signs the ledger, says something, waits for the gate, and leaves a result."""
+    script = (
+        f'echo "$P2P_JOB_ID $P2P_ATTEMPT" >> "{ledger}"; echo begun; while [ ! -e "{gate}" ]; do sleep 0.02; done; '
+        'echo opened; echo \'{"answer": 42}\' > "$P2P_JOB_DIR/result.json"'
+    )
+    return {
+        "command": ["/bin/sh", "-c", script],
+        "requires": {"cpus": 0.1, "labels": {"at": at.node_id}},
+        "max_attempts": 2,
+        **more,
+    }
+
+
+def voters_behind(cluster: ClusterProcesses) -> list[NodeProcess]:
+    """The running voters that do not lead."""
+    return [node for node in cluster.followers() if node.node_id != HIDDEN]
+
+
+@pytest.mark.parametrize("where", ["leader", "follower", "hidden"])
+def test_a_running_job_outlives_the_leader_and_runs_once(cluster: ClusterProcesses, tmp_path: Path, where: str) -> None:
+    leader = cluster.leader()
+    at = {"leader": leader, "follower": voters_behind(cluster)[0], "hidden": cluster[HIDDEN]}[where]
+    gate, ledger = tmp_path / "gate", tmp_path / "ledger"
+    job = at.submit(**gated(gate, ledger, at))
+    at.wait_for(job, "running")
+    (process, *_) = job_processes(at, job)
+    leader.kill()
+    cluster.leader(other_than=leader)
+    gate.touch()
+    if where == "leader":
+        wait_until(lambda: not process.is_running() or process.status() == "zombie")
+        assert cluster.leader().job(job)["state"] == "running", "its node is away, and its lease has not passed"
+        leader.start()
+    survivor = voters_behind(cluster)[0]
+    record = survivor.wait_for(job, "completed")
+    assert (record["attempt"], record["result"], record["worker"]) == (1, {"answer": 42}, at.node_id)
+    assert ledger.read_text().split() == [job, "1"]
+
+
+def test_a_worker_finds_the_new_leader_within_a_second(cluster: ClusterProcesses, tmp_path: Path) -> None:
+    """From the election on: a job that is pending by then is running a second later on each of the others."""
+    leader = cluster.leader()
+    leader.kill()
+    successor = cluster.leader(other_than=leader)
+    began = time.monotonic()
+    others = [node for node in cluster.all if node is not leader]
+    jobs = []
+    for node in others:
+        gate = tmp_path / node.node_id
+        jobs.append(successor.submit(**gated(gate, tmp_path / "ledger", node)))
+    for job in jobs:
+        successor.wait_for(job, "running", seconds=5)
+    took = time.monotonic() - began
+    for node in others:
+        (tmp_path / node.node_id).touch()
+    for job in jobs:
+        successor.wait_for(job, "completed")
+    assert took < 2.0, f"{took:.2f} s"
+
+
+def test_a_result_waits_for_a_leader(cluster: ClusterProcesses, tmp_path: Path) -> None:
+    leader = cluster.leader()
+    at, other = voters_behind(cluster)
+    gates = {node: tmp_path / node.node_id for node in (at, cluster[HIDDEN])}
+    jobs = {node: leader.submit(**gated(gate, tmp_path / "ledger", node)) for node, gate in gates.items()}
+    for job in jobs.values():
+        leader.wait_for(job, "running")
+    processes = [job_processes(node, job)[0] for node, job in jobs.items()]
+    cluster.wait_equal()
+    leader.freeze()
+    other.freeze()
+    wait_until(lambda: at.status()["leader_id"] is None)
+    for gate in gates.values():
+        gate.touch()
+    wait_until(lambda: all(not p.is_running() or p.status() == "zombie" for p in processes))
+    frozen = time.monotonic()
+    wait_until(lambda: time.monotonic() - frozen > 1.5)
+    assert at.job_stale(jobs[at])["state"] == "running"
+    leader.thaw()
+    other.thaw()
+    for job in jobs.values():
+        record = at.wait_for(job, "completed")
+        assert (record["attempt"], record["result"]) == (1, {"answer": 42})
+    assert len((tmp_path / "ledger").read_text().splitlines()) == 2
+
+
+def test_a_new_leader_gives_every_attempt_a_full_lease(cluster: ClusterProcesses, tmp_path: Path) -> None:
+    """A worker that was silent for most of its lease when the leader died keeps its job for a whole one more."""
+    leader, (at, other) = cluster.leader(), voters_behind(cluster)
+    gate, ledger = tmp_path / "gate", tmp_path / "ledger"
+    body = {"worker": "outside", "resources": {"cpus": 1, "labels": {"at": "outside"}}, "max_jobs": 1}
+    job = leader.submit(command=["true"], requires={"cpus": 0.1, "labels": {"at": "outside"}}, max_attempts=2)
+    _, told = other.request("POST", "/worker/claim", body)
+    claimed = time.monotonic()
+    assert [one["id"] for one in told["jobs"]] == [job]
+    wait_until(lambda: time.monotonic() - claimed > 4)  # of 6 seconds
+    leader.kill()
+    successor = cluster.leader(other_than=leader)
+    elected = time.monotonic()
+    wait_until(lambda: time.monotonic() - elected > 4)
+    assert successor.job(job)["state"] == "claimed"
+    record = successor.wait_for(job, "pending", "waiting", seconds=15)
+    assert "lease" in record["history"][-1]["reason"]
+    assert time.monotonic() - elected > 5.5
+    late = {"id": job, "attempt": 1, "worker": "outside", "result": {}}
+    assert at.request("POST", "/worker/complete", late)[0] == 409
+    assert successor.request("POST", f"/jobs/{job}/cancel")[0] == 200
+    assert not gate.exists() and not ledger.exists()
+
+
+@pytest.mark.parametrize("where", ["n1", "n2", HIDDEN])
+def test_logs_are_read_through_every_node(cluster: ClusterProcesses, tmp_path: Path, where: str) -> None:
+    at = cluster[where]
+    gate = tmp_path / "gate"
+    job = at.submit(**gated(gate, tmp_path / "ledger", at))
+    at.wait_for(job, "running")
+    for node in cluster.all:
+        wait_until(lambda node=node: node.request("GET", f"/jobs/{job}/logs") == (200, "begun\n"))
+    followed: dict[str, str] = {}
+
+    def follow(node: NodeProcess) -> None:
+        connection = http.client.HTTPConnection(node.host, node.port, timeout=30)
+        try:
+            connection.request("GET", f"/jobs/{job}/logs?follow=1")
+            response = connection.getresponse()
+            first = response.readline()
+            assert first == b"begun\n"
+            reading.release()
+            followed[node.node_id] = (first + response.read()).decode()
+        finally:
+            connection.close()
+
+    reading = threading.Semaphore(0)
+    readers = [threading.Thread(target=follow, args=(node,)) for node in cluster.all]
+    for thread in readers:
+        thread.start()
+    for _ in readers:
+        assert reading.acquire(timeout=20), "the log is told as it is written"
+    gate.touch()
+    for thread in readers:
+        thread.join(30)
+    assert followed == {node.node_id: "begun\nopened\n" for node in cluster.all}
+    for node in cluster.all:
+        status, text = node.request("GET", f"/jobs/{job}/logs?tail=1")
+        assert (status, text) == (200, "opened\n"), node
+        assert node.request("GET", f"/jobs/{job}/logs?stream=stderr") == (200, "")
+        assert node.request("GET", f"/jobs/{job}/logs?attempt=9")[0] == 404
+
+
+def test_a_cancel_reaches_a_worker_that_nobody_can_dial(cluster: ClusterProcesses, tmp_path: Path) -> None:
+    at = cluster[HIDDEN]
+    job = cluster["n2"].submit(**gated(tmp_path / "gate", tmp_path / "ledger", at, grace_seconds=1))
+    at.wait_for(job, "running")
+    assert cluster["n3"].request("POST", f"/jobs/{job}/cancel")[0] == 200
+    wait_until(lambda: not job_processes(at, job))
+
+
+def test_every_node_shows_every_node(cluster: ClusterProcesses) -> None:
+    def missing(node: NodeProcess) -> list[tuple[str, Any]]:
+        nodes = node.request("GET", "/nodes")[1]["nodes"]
+        assert sorted(nodes) == sorted(cluster.nodes)
+        return [
+            (name, one)
+            for name, one in nodes.items()
+            if one["state"] != "alive" or (one["resources"] or {}).get("labels") != {"at": name}
+        ]
+
+    for node in cluster.all:
+        began = time.monotonic()
+        wait_until(lambda node=node, began=began: not missing(node) or time.monotonic() - began > 15)
+        assert not missing(node), node
+        nodes = node.request("GET", "/nodes")[1]["nodes"]
+        assert nodes[HIDDEN]["address"] is None
+        assert nodes[HIDDEN]["role"] == "worker"
