@@ -156,8 +156,8 @@ def test_jitter_of_200_ms_changes_no_leader(cluster: ClusterProcesses, net: netn
 
 
 def test_a_lossy_line_that_reorders_loses_nothing(cluster: ClusterProcesses, net: netns.Net) -> None:
-    net.shape(delay=0.005, jitter=0.03, loss=0.02, reorder=True)
     with Clients(cluster.all, seed=6) as clients:
+        net.shape(delay=0.005, jitter=0.03, loss=0.02, reorder=True)
         clients.wait_acks(50, seconds=40)
         net.heal()
         clients.wait_acks()
