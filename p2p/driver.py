@@ -85,6 +85,7 @@ MAX_UNAPPLIED_BATCHES = 4
 FLOOR_IDLE_SECONDS = 0.05  # how soon an idle journal writes down what it has acknowledged
 STOP_SECONDS = 5.0  # how long a stop waits for the answers to what was accepted
 ASK_SECONDS = 0.2
+VIEW_SECONDS = 0.1
 FATAL_EXIT = 70
 
 
@@ -207,6 +208,7 @@ class Driver:
         self._handed = self._committed  # handed to the apply thread
         self._reading_back = False
         self._floor_asked = Index(0)
+        self._viewed_at = float("-inf")
         self._reads: dict[int, Future[int]] = {}
         self._ready_reads: list[tuple[Index, Future[int]]] = []
         self._next_read = 0
@@ -405,7 +407,24 @@ class Driver:
         if not events:
             self._write_floor()
         self._flush()
-        self.view = self._look()
+        self._renew_view()
+
+    def _renew_view(self) -> None:
+        """At once when something has changed that others decide by, else every tenth of a second: most turns are a
+        heartbeat or its answer."""
+        replica, journal, now = self._replica, self._replica.journal, self._clock()
+        seen = self.view
+        changed = (
+            (replica.role, replica.term, replica.leader, replica.established)
+            != (seen.role, seen.term, seen.leader, seen.established)
+            or replica.transferring != seen.transferring
+            or (journal.log.config_index, journal.commit_index, journal.last_index)
+            != (seen.config_index, seen.commit_index, seen.last_index)
+            or (self._machine.applied_index, self._writer.trouble or replica.unfit) != (seen.applied_index, seen.unfit)
+        )
+        if changed or now - self._viewed_at >= VIEW_SECONDS:
+            self._viewed_at = now
+            self.view = self._look()
 
     def _wait(self) -> list[ReplicaEvent | Callable[[], None]]:
         with self._wake:
