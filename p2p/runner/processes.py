@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1024 / 1024
+EXEC_LOOKS, EXEC_SECONDS = 20, 0.002  # an exec takes far less than all of them
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
@@ -86,10 +88,23 @@ def children() -> set[int]:
         return {stat.pid for stat in scan() if stat.parent == own}
 
 
-def mark_of(pid: int) -> Mark | None:
+def _environment(pid: int, looks: int) -> bytes:
+    """As the kernel shows it. In the moment of an exec it shows nothing: a child that was taken for nobody's because of
+    that would be left behind for good, so with more looks than one that moment is waited for. Raises OSError."""
+    for _ in range(looks):
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+        stat = read_stat(pid)
+        if raw or stat is None or not stat.alive:
+            return raw
+        if looks > 1:
+            time.sleep(EXEC_SECONDS)
+    return b""
+
+
+def mark_of(pid: int, *, looks: int = 1) -> Mark | None:
     """Whose job this process belongs to, by the environment it was started with; None if it does not say."""
     try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        entries = _environment(pid, looks).split(b"\0")
     except OSError:  # gone, or somebody else's
         return None
     values = {name: value for name, _, value in (entry.partition(b"=") for entry in entries)}

@@ -163,7 +163,7 @@ class Supervisor:
         stat = processes.read_stat(pid)
         if stat is not None and stat.session in self._sessions:
             return self._sessions[stat.session]
-        mark = processes.mark_of(pid)
+        mark = processes.mark_of(pid, looks=processes.EXEC_LOOKS)
         owner = self.attempts.get((mark.job, mark.attempt)) if mark else None
         return owner if owner is not None and self._sessions.get(owner.pid or 0) is owner else None
 
