@@ -14,25 +14,23 @@ import signal
 import statistics
 import time
 
-from bench.cluster import Boxes, boxes
 from bench.harness import quantile, report
+from bench.voters import Caller, voters
+from tests.nodes import ClusterProcesses
 
-JOB = {"command": ["true"], "not_before": 32_000_000_000}  # accepted and never run
 
-
-def gap(cluster: Boxes, number: int) -> float:
+def gap(cluster: ClusterProcesses, number: int, tag: str) -> float:
     """Seconds from the signal to the first acknowledged write on a survivor."""
-    leader = cluster.wait_voters()
-    survivor = next(box for box in cluster.all if box is not leader)
-    survivor.ask("GET", "/health")
+    leader = cluster.wait_voters(3)
+    cluster.wait_equal()  # the survivors hold what they are to go on from
+    survivor = Caller(next(node for node in cluster.all if node is not leader), timeout=30.0)
     assert leader.process is not None
     began = time.perf_counter()
     leader.process.send_signal(number)
-    while True:
-        status, _ = survivor.ask("POST", "/jobs", JOB, seconds=30.0)
-        if status == 201:
-            break
+    while survivor.submit(tag) not in (200, 201):
+        pass
     taken = time.perf_counter() - began
+    survivor.close()
     leader.process.wait(30)
     leader.start()
     return taken
@@ -43,9 +41,9 @@ def main() -> None:
     flags.add_argument("--kills", type=int, default=100)
     flags.add_argument("--stops", type=int, default=20)
     told = flags.parse_args()
-    with boxes(3, "--no-worker") as cluster:
-        kills = [gap(cluster, signal.SIGKILL) for _ in range(told.kills)]
-        stops = [gap(cluster, signal.SIGTERM) for _ in range(told.stops)]
+    with voters(3, settings={}) as cluster:
+        kills = [gap(cluster, signal.SIGKILL, f"kill-{n}") for n in range(told.kills)]
+        stops = [gap(cluster, signal.SIGTERM, f"stop-{n}") for n in range(told.stops)]
     figures: dict[str, float | int] = {}
     for name, taken in (("kill", kills), ("stop", stops)):
         if taken:

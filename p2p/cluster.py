@@ -42,6 +42,7 @@ from p2p.messages import Append, BadMessage, Message, decode, encode
 from p2p.peers import PeerRefused, Peers, PeerUnreachable
 from p2p.replica import ConfigRefused, NotLeader
 from p2p.storage import Identity
+from p2p.storage.identity import new_cluster_id
 from p2p.transport.gossip import Gossip, JoinRefused
 from p2p.transport.links import Links
 from p2p.transport.streams import TunnelError
@@ -513,7 +514,7 @@ class Cluster:
 
     async def _found(self) -> None:
         assert self.driver is not None
-        cluster = ClusterId(secrets.token_hex(8))
+        cluster = new_cluster_id()
         await asyncio.wrap_future(self.driver.found(cluster, Config((self.me,))))
         self._belong(cluster)
         log.info("founded cluster %s", cluster)

@@ -64,7 +64,6 @@ from p2p.replica import (
     Reconfigure,
     Replica,
     ReplicaEvent,
-    SetFitness,
     SnapshotOffered,
     Tick,
     Transfer,
@@ -121,14 +120,12 @@ class View(NamedTuple):
     why: str
     config: Config
     config_index: Index
-    first_index: Index
     last_index: Index
     commit_index: Index
     applied_index: Index
     snapshot_index: Index
     contact: float  # when a leader was last heard, on the driver's clock
     followers: tuple[Progresses, ...]
-    transferring: bool
     unfit: str  # why this node must not lead; empty if nothing is wrong
 
 
@@ -331,10 +328,6 @@ class Driver:
         """Seconds on the clock of `View.contact`."""
         return self._clock()
 
-    def set_fitness(self, priority: int, why: str = "") -> None:
-        """Whether this node may lead (`why` says why not), and its bully priority."""
-        self._put(SetFitness(priority, why))
-
     def stop(self) -> None:
         """Finishes what was accepted, then closes both databases. Blocks."""
         with self._wake:
@@ -417,7 +410,6 @@ class Driver:
         changed = (
             (replica.role, replica.term, replica.leader, replica.established)
             != (seen.role, seen.term, seen.leader, seen.established)
-            or replica.transferring != seen.transferring
             or (journal.log.config_index, journal.commit_index, journal.last_index)
             != (seen.config_index, seen.commit_index, seen.last_index)
             or (self._machine.applied_index, self._writer.trouble or replica.unfit) != (seen.applied_index, seen.unfit)
@@ -689,14 +681,12 @@ class Driver:
             replica.why,
             replica.config,
             journal.log.config_index,
-            Index(journal.log.base + 1),
             journal.last_index,
             journal.commit_index,
             Index(self._machine.applied_index),
             Index(self._applier.snapshot_index),
             replica.election.contact,
             tuple(_seen(p, now) for p in replica.progress.values()),
-            replica.transferring,
             self._writer.trouble or replica.unfit,
         )
 

@@ -52,7 +52,6 @@ from p2p.driver import Driver, NotLeader, Stopped, Unknown, boot_seconds, die
 from p2p.election.rank import WAN, Timers
 from p2p.ids import Index, NodeId, node_of
 from p2p.journal import snapshot
-from p2p.journal.log import LogStart
 from p2p.leadership import Leadership
 from p2p.loops.base import Loop
 from p2p.loops.desk import DeskOfTheLeader
@@ -343,14 +342,7 @@ class Node:
         replica = Replica(
             loaded.identity.voter,
             loaded.hard_state,
-            LogStart(
-                base=loaded.base,
-                base_term=loaded.base_term,
-                base_config=loaded.base_config,
-                last=loaded.last,
-                runs=loaded.runs,
-                configs=loaded.configs,
-            ),
+            loaded.start,
             applied=Index(state.applied_index),
             now=boot_seconds(),
             draw=random.Random(secrets.randbits(64)).random,  # noqa: S311 - jitter, not secrets

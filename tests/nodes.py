@@ -331,6 +331,15 @@ class ClusterProcesses:
             self.wait_voters(voters)
         return self
 
+    def mend(self, voters: int = 3) -> None:
+        """Thaws what is frozen and starts what is down, as a test that shares these nodes leaves them to the next."""
+        for node in self.all:
+            if node.running:
+                node.thaw()
+            else:
+                node.start(wait=False)
+        self.wait_voters(voters)
+
     def destroy(self) -> None:
         destroy(self.all)
 

@@ -34,6 +34,7 @@ from p2p.api.context import MADE_KEY, Context
 from p2p.api.errors import Problem, problem_of
 from p2p.driver import Overloaded, Stopped
 from p2p.leadership import AskerGone, Deposed, Leader
+from p2p.transport.headers import HOP_BY_HOP, without
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -65,13 +66,12 @@ _LOCAL_PREFIXES = (
 _PAGES = frozenset({"/work_queue_status", "/work_assignment_status"})
 # Headers of one connection, not of the request; what this node alone may say; and what its own check of who asks has
 # used up: the leader is asked by this node, with the cluster's token.
-_HOP_BY_HOP = frozenset(
-    {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length", "expect",
-     "proxy-authorization", "proxy-authenticate", "proxy-connection", "authorization", "origin", "sec-fetch-site",
-     "accept-encoding", "content-encoding"}
-)  # fmt: skip
+_NOT_PASSED_ON = HOP_BY_HOP | {
+    "host", "content-length", "expect", "authorization", "origin", "sec-fetch-site", "accept-encoding",
+    "content-encoding",
+}  # fmt: skip
 _OURS = "x-p2p-"
-_NOT_PASSED_BACK = _HOP_BY_HOP | {"date", "server"}
+_NOT_PASSED_BACK = _NOT_PASSED_ON | {"date", "server"}
 _READING = ("GET", "HEAD")
 _NO_WORD = (429, 503, 507)  # true of this attempt, and no word on the one before it
 
@@ -317,17 +317,10 @@ def _target(request: web.Request) -> str:
     return quote(raw.encode("utf-8", "surrogateescape"), safe=string.punctuation)
 
 
-def _named(headers: CIMultiDictProxy[str]) -> set[str]:
-    """The headers that are of the connection because it says so (RFC 9110 §7.6.1)."""
-    return {name.strip().lower() for told in headers.getall("Connection", []) for name in told.split(",")}
-
-
 def _passed_on(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    drop = _HOP_BY_HOP | _named(headers)
-    kept = [(n, v) for n, v in headers.items() if n.lower() not in drop and not n.lower().startswith(_OURS)]
-    return CIMultiDict(kept)
+    kept = without(headers.items(), _NOT_PASSED_ON)
+    return CIMultiDict([(name, value) for name, value in kept if not name.lower().startswith(_OURS)])
 
 
 def _passed_back(headers: CIMultiDictProxy[str], *, head: bool) -> CIMultiDict[str]:
-    drop = (_NOT_PASSED_BACK | _named(headers)) - ({"content-length"} if head else set())
-    return CIMultiDict([(n, v) for n, v in headers.items() if n.lower() not in drop])
+    return CIMultiDict(without(headers.items(), _NOT_PASSED_BACK - ({"content-length"} if head else set())))

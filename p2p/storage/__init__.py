@@ -20,6 +20,7 @@ from zlib import crc32
 
 from p2p.effects import COMMAND, Config, Entry, HardState
 from p2p.ids import ClusterId, DiskId, Index, NodeId, Term, VoterId, node_of, voter_id
+from p2p.journal.log import LogStart
 
 CHAIN_BYTES = 16
 COMPACT_SLICE = 2_000  # entries forgotten between two batches
@@ -83,6 +84,18 @@ class Loaded:
     runs: tuple[tuple[Index, Term], ...]  # the first index of each run of equal terms, ascending, of what is kept
     configs: tuple[tuple[Index, Config], ...]  # the CONFIG entries that are kept, ascending
     moved: bool = False  # another machine than the one this identity was made on: a new container, or a clone of it
+
+    @property
+    def start(self) -> LogStart:
+        """The log as a replica begins with it."""
+        return LogStart(
+            base=self.base,
+            base_term=self.base_term,
+            base_config=self.base_config,
+            last=self.last,
+            runs=self.runs,
+            configs=self.configs,
+        )
 
 
 class LogStore(Protocol):

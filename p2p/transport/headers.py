@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 Headers = tuple[tuple[str, str], ...]
 
-_HOP_BY_HOP = frozenset({
+HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade",
 })  # fmt: skip
-_OF_A_REQUEST = _HOP_BY_HOP | {
+_OF_A_REQUEST = HOP_BY_HOP | {
     "host", "content-length", "expect", "authorization", "cookie", "origin", "referer", "sec-fetch-site",
     "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user",
 }  # fmt: skip
@@ -22,15 +22,16 @@ _OF_A_REQUEST = _HOP_BY_HOP | {
 
 def of_request(headers: Iterable[tuple[str, str]]) -> Headers:
     """Those that travel to the node."""
-    return _without(headers, _OF_A_REQUEST)
+    return without(headers, _OF_A_REQUEST)
 
 
 def of_answer(headers: Iterable[tuple[str, str]]) -> Headers:
     """Those that travel back."""
-    return _without(headers, _HOP_BY_HOP)
+    return without(headers, HOP_BY_HOP)
 
 
-def _without(headers: Iterable[tuple[str, str]], stay: frozenset[str]) -> Headers:
+def without(headers: Iterable[tuple[str, str]], stay: frozenset[str]) -> Headers:
+    """Those that travel where `stay` (in lower case) and whatever the Connection header names do not."""
     pairs = list(headers)
     named = {
         token.strip().lower() for name, value in pairs if name.lower() == "connection" for token in value.split(",")

@@ -65,10 +65,7 @@ def cluster(mounted: tuple[Path, str]) -> Iterator[ClusterProcesses]:
 @pytest.fixture(autouse=True)
 def whole(cluster: ClusterProcesses) -> Iterator[None]:
     yield
-    for node in cluster.all:
-        if not node.running:
-            node.start(wait=False)
-    cluster.wait_voters(3)
+    cluster.mend()
 
 
 @pytest.fixture

@@ -33,12 +33,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
 def whole(cluster: ClusterProcesses) -> Iterator[None]:
     """Every test finds and leaves three voters that agree, and an empty queue."""
     yield
-    for node in cluster.all:
-        if node.running:
-            node.thaw()
-        else:
-            node.start(wait=False)
-    cluster.wait_voters(3)
+    cluster.mend()
     cluster.wait_equal()
     assert cluster.leader().request("POST", "/work_queue/clear", {"include_running": True})[0] == 200
     assert cluster.leader().request("POST", "/work_queue/purge_failed", {"max_age_hours": 0})[0] == 200

@@ -34,12 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
 def whole(cluster: ClusterProcesses) -> Iterator[None]:
     """Every test leaves three voters that agree."""
     yield
-    for node in cluster.all:
-        if node.running:
-            node.thaw()
-        else:
-            node.start(wait=False)
-    cluster.wait_voters(3)
+    cluster.mend()
 
 
 @contextlib.contextmanager

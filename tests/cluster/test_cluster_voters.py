@@ -37,12 +37,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
 @pytest.fixture(autouse=True)
 def whole(cluster: ClusterProcesses) -> Iterator[None]:
     yield
-    for node in cluster.all:
-        if node.running:
-            node.thaw()
-        else:
-            node.start(wait=False)
-    cluster.wait_voters(3)
+    cluster.mend()
 
 
 def voters(node: NodeProcess) -> dict[str, dict[str, Any]]:

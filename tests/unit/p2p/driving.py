@@ -11,7 +11,6 @@ from typing import Any
 from p2p.driver import Driver, boot_seconds
 from p2p.effects import Config, Entry, HardState
 from p2p.ids import ClusterId, Index, NodeId
-from p2p.journal.log import LogStart
 from p2p.replica import Replica
 from p2p.storage.memory import MemoryLog
 
@@ -117,14 +116,7 @@ class Rig:
         self.replica = Replica(
             loaded.identity.voter,
             loaded.hard_state,
-            LogStart(
-                base=loaded.base,
-                base_term=loaded.base_term,
-                base_config=loaded.base_config,
-                last=loaded.last,
-                runs=loaded.runs,
-                configs=loaded.configs,
-            ),
+            loaded.start,
             applied=Index(self.machine.applied_index),
             now=boot_seconds(),
             draw=lambda: 0.5,

@@ -30,7 +30,6 @@ from p2p.effects import (
 )
 from p2p.election.rank import Timers
 from p2p.ids import ClusterId, DiskId, Index, NodeId, Term, VoterId, node_of, voter_id
-from p2p.journal.log import LogStart
 from p2p.messages import (
     Append,
     AppendReply,
@@ -133,14 +132,7 @@ class Cluster:
 
     def _boot(self, node: Node) -> None:
         found = node.store.load(applied=Index(node.applied))
-        start = LogStart(
-            base=found.base,
-            base_term=found.base_term,
-            base_config=found.base_config,
-            last=found.last,
-            runs=found.runs,
-            configs=found.configs,
-        )
+        start = found.start
         node.replica = Replica(
             node.voter,
             found.hard_state,

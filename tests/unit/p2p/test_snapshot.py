@@ -21,7 +21,6 @@ from p2p.driver import Driver, boot_seconds
 from p2p.effects import Config, Entry, HardState, SnapshotMeta
 from p2p.ids import ClusterId, Index, Term, VoterId
 from p2p.journal import snapshot
-from p2p.journal.log import LogStart
 from p2p.replica import Replica
 from p2p.storage.memory import MemoryLog
 from tests.nodes import wait_until
@@ -678,14 +677,7 @@ class Journal:
         replica = Replica(
             loaded.identity.voter,
             loaded.hard_state,
-            LogStart(
-                base=loaded.base,
-                base_term=loaded.base_term,
-                base_config=loaded.base_config,
-                last=loaded.last,
-                runs=loaded.runs,
-                configs=loaded.configs,
-            ),
+            loaded.start,
             applied=Index(self.state.applied_index),
             now=boot_seconds(),
             draw=lambda: 0.5,
