@@ -124,9 +124,9 @@ class QueueState:
         if meta["schema"] != SCHEMA_VERSION:
             raise Refused(409, f"{path} has queue schema {meta['schema']}; this build reads {SCHEMA_VERSION}")
         self._q = statements()
-        self.applied_index = meta["applied"]
+        self.applied_index = self._index = meta["applied"]  # committed to the file; and of the entry in hand
+        self.applied_term = self._term = meta["term"]
         self._durable_index = 0  # what a checkpoint of ours has covered
-        self.applied_term = meta["term"]
         self.now_ms = meta["now"]
         self._seq = meta["seq"]
         self._shapes: dict[str, int] = {
@@ -175,6 +175,7 @@ class QueueState:
 
         An empty body is a leader's no-op. A `Refused` result means the command broke a rule and changed nothing.
         Entries at or below `applied_index` are a replay after a crash and are skipped (their answer is None).
+        Other threads look at `applied_index` and then read the file: it moves when the file has.
         """
         answers: list[tuple[Any, list[Event]]] = []
         self._run("BEGIN IMMEDIATE")
@@ -183,8 +184,8 @@ class QueueState:
                 answers.append(self._apply(index, term, body))
             self._flush()
             for key, value in (
-                ("applied", self.applied_index),
-                ("term", self.applied_term),
+                ("applied", self._index),
+                ("term", self._term),
                 ("now", self.now_ms),
                 ("seq", self._seq),
             ):
@@ -193,19 +194,20 @@ class QueueState:
             self._run("ROLLBACK")
             raise
         self._run("COMMIT")
+        self.applied_index, self.applied_term = self._index, self._term
         return answers
 
     def _apply(self, index: int, term: int, body: bytes) -> tuple[Any, list[Event]]:
-        if index <= self.applied_index:
+        if index <= self._index:
             return None, []
-        assert index == self.applied_index + 1, f"entry {index} applied after {self.applied_index}"
+        assert index == self._index + 1, f"entry {index} applied after {self._index}"
         self._events = []
         result: Any = None
         if body:
             command = c.decode(body)
             self._keep_time(command.at_ms)
             result = self._handlers[type(command)](index, command)
-        self.applied_index, self.applied_term = index, term
+        self._index, self._term = index, term
         return result, self._events
 
     def _keep_time(self, at_ms: int) -> None:

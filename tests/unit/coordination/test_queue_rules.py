@@ -13,6 +13,7 @@ from coordination import commands as c
 from coordination.commands import UnknownCommand
 from coordination.errors import Refused
 from coordination.events import EventType as E
+from coordination.queue_reads import QueueReader
 from coordination.queue_state import KEY_AGE_MS, MAX_ERROR_CHARS, MAX_HISTORY, QueueState
 from coordination.retry import MAX_BACKOFF_MS
 from tests.unit.coordination.drive import DAY, T0, Queue, connection, dump, new_job
@@ -493,6 +494,26 @@ def test_replay_after_a_crash_gives_the_same_tables(tmp_path: Path, lost: int) -
     assert (behind.applied_index, behind.applied_term) == (len(entries), 2)
     whole.close()
     behind.close()
+
+
+def test_the_applied_index_moves_when_a_reader_can_see_the_entry(tmp_path: Path) -> None:
+    """Who asks for a copy "not older than N" is answered from the file as soon as the number is N."""
+    path = str(tmp_path / "state.db")
+    state = QueueState(path)
+    reader = QueueReader(path)
+    seen: list[tuple[int, int]] = []
+
+    def watched() -> Iterator[tuple[int, int, bytes]]:
+        for entry in a_days_work():
+            yield entry
+            seen.append((state.applied_index, reader.applied()[1]))
+
+    state.apply_batch(list(a_days_work())[:1])
+    state.apply_batch(watched())
+    assert seen == [(1, 1)] * len(a_days_work())
+    assert state.applied_index == reader.applied()[1] == len(a_days_work())
+    reader.close()
+    state.close()
 
 
 def test_gap_in_the_journal_stops_the_state_machine(queue: Queue) -> None:
