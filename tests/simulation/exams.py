@@ -158,9 +158,10 @@ class Exam:
         leader.boot()
 
     def _hung(self, leader: Node, voters: list[Node]) -> None:
-        """§2.7: the leader's disk does not answer."""
+        """§2.7: the leader's disk does not answer. Only who writes can notice: the bound counts from a write."""
         leader = self._leader()
         leader.disk.hung_until = self.world.now + 60.0
+        self._submit(leader)
         self._led_again("hung disk", leader, FAILOVER_BOUND + leader.timers.disk_stall)
         leader.disk.hung_until = self.world.now
         leader.hurry()
@@ -199,10 +200,7 @@ class Exam:
         links = [link for n in self.world.nodes if n != leader.name for link in ((leader.name, n), (n, leader.name))]
         self.world.net.block(links)
         for _ in range(12):
-            request = Request(self.world, "submit", lambda *answer: None)
-            self.world.keys += 1
-            request.key = self.world.keys
-            leader.enter(leader.ask, request, 0)
+            self._submit(leader)
             self.world.run(self.world.now + 0.03)
         self.schedule.pause(True)
         self._led_again("suffix", leader)
@@ -211,6 +209,12 @@ class Exam:
         if len(voters) > 2:
             self._led_again("longest log", None)
         self.schedule.pause(False)
+
+    def _submit(self, leader: Node) -> None:
+        request = Request(self.world, "submit", lambda *answer: None)
+        self.world.keys += 1
+        request.key = self.world.keys
+        leader.enter(leader.ask, request, 0)
 
     def _leader_but(self, old: Node) -> Node:
         found = [n for n in self.world.nodes.values() if n.up and n is not old and n.replica.established]
