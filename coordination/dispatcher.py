@@ -101,6 +101,7 @@ class Dispatcher:
         self._parked: dict[asyncio.Future[None], str] = {}  # -> the worker whose claim it is
         self._wakes = 0  # how often all were woken: a claim that was looking meanwhile looks again before it parks
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.on_backoff: Callable[[], None] = lambda: None  # a job now waits for its time: see `wake_due`
         self._steady_offset = clock.now_ms() - clock.mono_ms()
         self._began_at = clock.mono_ms()
 
@@ -443,6 +444,11 @@ class Dispatcher:
                 self.leases.drop(verdict.held.job, tell=True)
         return n
 
+    @property
+    def anything_waits(self) -> bool:
+        """Whether `wake_due` may find something, now or later."""
+        return self.leads and self._state.waiting_total > 0
+
     async def wake_due(self, limit: int = 1_000) -> int:
         """waiting -> pending for what is due."""
         if not self._state.waiting_total:
@@ -502,6 +508,8 @@ class Dispatcher:
                 case E.WORK_FAILED | E.WORK_RETRIED:
                     told = fields["cause"] in LAPSES
                     self.leases.drop(fields["job"], tell=told)
+                    if fields.get("backoff_seconds"):
+                        self.on_backoff()
                     wake = wake or told or not fields.get("backoff_seconds")
                 case E.WORK_CANCELLED | E.WORK_RELEASED:
                     self.leases.drop(fields["job"], tell=True)

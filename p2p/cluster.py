@@ -609,12 +609,14 @@ class Cluster:
         """One turn of `_keep`."""
         self.refresh()
         here = {m.node: m.address for m in self.members() if m.state.here and m.address is not None}
-        await asyncio.to_thread(self._book.note, here)
+        if not self._book.knows(here):
+            await asyncio.to_thread(self._book.note, here)
         self._hold_on()
         self._listen_to_gossip()
         if not self._in_office:
             self.autopilot_says = "not leading"
             return
+        self._tell_the_removed()
         if await self._gave_way():
             return
         if time.monotonic() - self._ordered_at < OPERATOR_SECONDS:
@@ -625,6 +627,16 @@ class Cluster:
             self.autopilot_says = change.why if change is not None else "nothing to do"
             if change is None or not await self._reconfigure(change):
                 return
+
+    def _tell_the_removed(self) -> None:
+        """Who was down when it was removed asks voters that do not speak to it, and would wait for their votes for
+        ever; but gossip tells that it believes it has a copy."""
+        assert self.driver is not None
+        everyone = self.view().config.everyone
+        for member in self.members():
+            voter = voter_id(member.node, member.disk)
+            if member.state is State.ALIVE and member.meta.get("copy") and voter not in everyone:
+                self.driver.bid_farewell(voter)
 
     async def _gave_way(self) -> bool:
         """A leader that nobody can dial serves nobody but itself: it brings the others up to date, and hands over."""
@@ -904,6 +916,10 @@ class AddressBook:
             self.addresses = {NodeId(str(n)): str(a) for n, a in known.items() if is_address(str(a))}
         except (OSError, ValueError, AttributeError):
             pass  # the first start, or nothing that can be used: --peers and gossip tell the rest
+
+    def knows(self, here: dict[NodeId, str]) -> bool:
+        """Whether all of this is written down."""
+        return here.items() <= self.addresses.items()
 
     def note(self, here: dict[NodeId, str]) -> None:
         """Remembers who is there now, beside those that may come back. Blocks."""

@@ -47,11 +47,12 @@ from p2p.effects import (
 from p2p.ids import ClusterId, Index, Term, VoterId
 from p2p.journal import snapshot
 from p2p.journal.progress import Progress
-from p2p.messages import Message
+from p2p.messages import AppendReply, Message
 from p2p.replica import (
     Applied,
     Compacted,
     ConfigRefused,
+    Farewell,
     Fetched,
     Found,
     Installed,
@@ -84,7 +85,7 @@ MAX_UNAPPLIED_BATCHES = 4
 FLOOR_IDLE_SECONDS = 0.05  # how soon an idle journal writes down what it has acknowledged
 STOP_SECONDS = 5.0  # how long a stop waits for the answers to what was accepted
 ASK_SECONDS = 0.2
-VIEW_SECONDS = 0.1
+VIEW_SECONDS = 0.25
 FATAL_EXIT = 70
 
 
@@ -194,6 +195,7 @@ class Driver:
         self._wake = threading.Condition()
         self._inbox: deque[ReplicaEvent | Callable[[], None]] = deque()
         self._messages = 0  # in the inbox
+        self._calm = False  # the answers to heartbeats can wait: each would wake the thread for nothing
         self.messages_dropped = 0
         self._waiting: deque[_Proposal] = deque()
         self._waiting_bytes = 0
@@ -286,12 +288,19 @@ class Driver:
                 self.messages_dropped += 1
                 return
             self._messages += 1
+            if self._calm and isinstance(message, AppendReply) and message.ok:
+                self._inbox.append(Received(sender, message, self._clock()))  # the next heartbeat is soon enough
+                return
             self._inbox.append(Received(sender, message))
             self._wake.notify()
 
     def unreachable(self, voter: VoterId) -> None:
         """The connection to `voter` broke."""
         self._put(Unreachable(voter))
+
+    def bid_farewell(self, voter: VoterId) -> None:
+        """`voter` believes that it has a copy to keep, and was removed: tells it, if this node leads."""
+        self._put(Farewell(voter))
 
     def found(self, cluster: ClusterId, config: Config) -> Future[None]:
         """Makes this blank store the first of a new cluster. Done once that is on disk; it then stands for election."""
@@ -399,11 +408,12 @@ class Driver:
         self._hand_over()
         if not events:
             self._write_floor()
+        self._calm = self._replica.calm  # before anything is sent that could be answered
         self._flush()
         self._renew_view()
 
     def _renew_view(self) -> None:
-        """At once when something has changed that others decide by, else every tenth of a second: most turns are a
+        """At once when something has changed that others decide by, else four times a second: most turns are a
         heartbeat or its answer."""
         replica, journal, now = self._replica, self._replica.journal, self._clock()
         seen = self.view

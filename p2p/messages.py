@@ -144,16 +144,27 @@ _MAY_BE_NEGATIVE = frozenset({"priority"})
 LARGEST = 1 << 62  # the stores keep numbers in 64 bits with a sign
 
 
+_EXACT = {kind: tuple(_FIELD_TYPES[name] for name in kind._fields) for kind in _TYPES.values()}
+_NUMBERS = {
+    kind: tuple(
+        (at, -LARGEST if name in _MAY_BE_NEGATIVE else 0)
+        for at, name in enumerate(kind._fields)
+        if _FIELD_TYPES[name] is int
+    )
+    for kind in _TYPES.values()
+}
+
+
 def _check(message: Message) -> None:
     """Types and signs: a peer's nonsense must not get as far as arithmetic."""
-    for name, value in zip(message._fields, message, strict=True):
-        wanted = _FIELD_TYPES[name]
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise BadMessage(f"{type(message).__name__}.{name} is {type(value).__name__}")
-        if wanted is int:
-            least = -LARGEST if name in _MAY_BE_NEGATIVE else 0
-            if not least <= value <= LARGEST:  # type: ignore[operator]
-                raise BadMessage(f"{type(message).__name__}.{name} is out of range")
+    kind = type(message)
+    if tuple(map(type, message)) != _EXACT[kind]:
+        wrong = next(n for n, value in enumerate(message) if type(value) is not _EXACT[kind][n])
+        raise BadMessage(f"{kind.__name__}.{message._fields[wrong]} is {type(message[wrong]).__name__}")
+    values: tuple[Any, ...] = message
+    for at, least in _NUMBERS[kind]:
+        if not least <= values[at] <= LARGEST:
+            raise BadMessage(f"{kind.__name__}.{message._fields[at]} is out of range")
     if isinstance(message, Append):
         _check_entries(message)
         if not all(isinstance(heir, str) for heir in message.heirs):

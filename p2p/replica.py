@@ -38,7 +38,7 @@ from p2p.election.rank import Timers, order
 from p2p.ids import Index, Term, VoterId
 from p2p.journal.core import Conflict, JournalCore
 from p2p.journal.log import LogStart
-from p2p.journal.progress import BATCH_BYTES, BATCH_ENTRIES, SNAPSHOT, Progress
+from p2p.journal.progress import BATCH_BYTES, BATCH_ENTRIES, REPLICATE, SNAPSHOT, Progress
 from p2p.messages import (
     Append,
     AppendReply,
@@ -68,10 +68,12 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message of another voter, whose identity the transport has proved."""
+    """A message of another voter, whose identity the transport has proved. `came`: when, on this node's clock, if it
+    then waited for its turn: how long an answer was on its way is counted without that."""
 
     sender: VoterId
     message: Message
+    came: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,14 @@ class SetFitness:
 
 
 @dataclass(frozen=True, slots=True)
+class Farewell:
+    """`voter` is there and has a log, and does not know yet that it was removed (it was down, perhaps): a leader tells
+    it by what it tells every follower, for a while. Changes nothing where it belongs to the configuration."""
+
+    voter: VoterId
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """This blank store is the first voter of a new cluster, of this configuration; the store has it written down."""
 
@@ -191,6 +201,7 @@ ReplicaEvent = (
     | SetFitness
     | Found
     | Unreachable
+    | Farewell
 )
 
 
@@ -239,6 +250,7 @@ class _Seat:
     handover: _Handover | None = None
     established: bool = False
     adapt_at: float = 0.0
+    answered: float = float("-inf")  # a round sent then, at the least, was answered by a majority of these voters
 
 
 class Replica:
@@ -293,6 +305,8 @@ class Replica:
         the next step."""
         self._keep_seat(now)
         match event:
+            case Received(sender, AppendReply() as reply, came):
+                self._on_append_reply(sender, reply, now, came)
             case Received(sender, message):
                 self._on_message(sender, message, now)
             case Persisted(seq):
@@ -323,6 +337,8 @@ class Replica:
                 self.election.priority, self.unfit = priority, why
                 if why and self.role != FOLLOWER:
                     self._step_down(now, why)
+            case Farewell(voter):
+                self._bid_farewell(voter, now)
             case Found(config):
                 self.journal.log.found(config)
                 self.election.deadline = now
@@ -361,6 +377,14 @@ class Replica:
         return self._seat.progress if self._seat is not None else {}
 
     @property
+    def calm(self) -> bool:
+        """Leads, and all have everything: no agreeing answer of a follower moves anything before the next heartbeat."""
+        seat, last = self._seat, self.journal.last_index
+        if seat is None or not seat.established or seat.reads or seat.handover is not None:
+            return False
+        return all(p.match == last and p.state == REPLICATE and not p.regressed for p in seat.progress.values())
+
+    @property
     def transferring(self) -> bool:
         return self._seat is not None and self._seat.handover is not None
 
@@ -389,8 +413,10 @@ class Replica:
         began = self.journal.write_began
         if began is not None and now - began >= self.timers.disk_stall:
             self._step_down(now, "its disk does not answer")
-        elif now - self._quorum_contact(now) >= self.election.timeout:
-            self._step_down(now, "a majority does not answer")
+        elif now - self._seat.answered >= self.election.timeout:  # it only grows: an old figure says less, not more
+            self._seat.answered = self._quorum_contact(now)
+            if now - self._seat.answered >= self.election.timeout:
+                self._step_down(now, "a majority does not answer")
 
     def _quorum_contact(self, now: float) -> float:
         """When the newest round was sent that a majority has answered, counting this node itself."""
@@ -538,8 +564,6 @@ class Replica:
         match message:
             case Append():
                 self._on_append(sender, message, now)
-            case AppendReply():
-                self._on_append_reply(sender, message, now)
             case PreVote():
                 self._on_pre_vote(sender, message, now)
             case PreVoteReply():
@@ -731,18 +755,29 @@ class Replica:
     def _match_progress_to_config(self, now: float) -> None:
         assert self._seat is not None
         seats, everyone = self._seat.progress, self.config.everyone
+        self._seat.answered = float("-inf")  # that was another majority
         for voter in everyone:
             known = seats.get(voter)
             if known is not None:
                 known.leaving_at = None
             elif voter != self.me:
-                last = self.journal.last_index  # just appended: the first probe asks for what lies before it
-                seats[voter] = Progress(
-                    voter=voter, next=last, contact=now, steady_since=now, round_target=last, round_began=now
-                )
+                seats[voter] = self._new_progress(voter, now)
         for voter, p in seats.items():
             if voter not in everyone and p.leaving_at is None:
                 p.leaving_at = now + FAREWELL_SECONDS
+
+    def _new_progress(self, voter: VoterId, now: float) -> Progress:
+        last = self.journal.last_index  # the first probe asks for what lies before it
+        return Progress(voter=voter, next=last, contact=now, steady_since=now, round_target=last, round_began=now)
+
+    def _bid_farewell(self, voter: VoterId, now: float) -> None:
+        seat = self._seat
+        if seat is None or voter in self.config.everyone or voter in seat.progress:
+            return
+        p = seat.progress[voter] = self._new_progress(voter, now)
+        p.leaving_at = now + FAREWELL_SECONDS
+        self._send_heartbeat(p, (), now)
+        self._replicate(p, now)
 
     def _next_round(self, now: float) -> int:
         """Rounds are numbered by the time they were sent at, in microseconds, so that an answer tells it."""
@@ -814,7 +849,7 @@ class Replica:
     def _replicate(self, p: Progress, now: float) -> None:
         """As many batches as may be under way at once."""
         journal = self.journal
-        while p.may_send() and p.next <= journal.last_index:
+        while p.next <= journal.last_index and p.may_send():
             prev = Index(p.next - 1)
             prev_term = journal.log.term_at(prev)
             if prev_term is None:
@@ -881,7 +916,7 @@ class Replica:
 
     # -- leading: counting -------------------------------------------------------------------------------------
 
-    def _on_append_reply(self, sender: VoterId, reply: AppendReply, now: float) -> None:
+    def _on_append_reply(self, sender: VoterId, reply: AppendReply, now: float, came: float | None) -> None:
         if reply.term > self.term:
             self._follow(reply.term, None, now, "a later term exists")
             return
@@ -889,7 +924,7 @@ class Replica:
         p = seat.progress.get(sender) if seat is not None and reply.term == self.term else None
         if seat is None or p is None or reply.round > self._round:
             return
-        self._note_contact(p, reply, now)
+        self._note_contact(p, reply, now, now if came is None else came)
         if reply.last_index < p.match and reply.round > p.match_round:
             p.regressed = True
         if p.regressed:
@@ -901,7 +936,7 @@ class Replica:
         self._serve_reads(now)
         self._continue_handover(p, now)
 
-    def _note_contact(self, p: Progress, reply: AppendReply, now: float) -> None:
+    def _note_contact(self, p: Progress, reply: AppendReply, now: float, came: float) -> None:
         """It is alive, as of the moment the round it answers was sent."""
         sent = reply.round / 1e6
         p.acked_round = max(p.acked_round, reply.round)
@@ -909,15 +944,17 @@ class Replica:
             p.steady_since = now
         p.contact = max(p.contact, min(sent, now))
         if reply.round:  # an installed snapshot is told of unasked: that is no answer
-            p.answers.append(max(now - sent, 0.0))
+            p.answers.append(max(came - sent, 0.0))
         p.priority, p.ready = reply.priority, reply.ready
 
     def _on_match(self, p: Progress, reply: AppendReply, now: float) -> None:
+        before = p.match
         p.matched(min(reply.match, self.journal.last_index), now, self._round)
         if p.match >= p.round_target:
             p.round_seconds = now - p.round_began
             p.round_target, p.round_began = self.journal.last_index, now
-        self._try_commit(now)
+        if p.match > before:
+            self._try_commit(now)
         if self._seat is not None:
             if p.state == SNAPSHOT:
                 self._offer(p, now)
@@ -1080,6 +1117,8 @@ class Replica:
         seat = self._seat
         assert seat is not None
         if seat.handover is not None or not seat.established:
+            return
+        if not any(p.priority > self.election.priority for p in seat.progress.values()):
             return
         if self.election.since_change(now) < self.timers.preempt_since_change:
             return

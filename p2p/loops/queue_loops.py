@@ -8,6 +8,7 @@ from coordination.unified_queue_populator import Populator
 from p2p.loops.base import PASSING, Loop
 
 PRUNE_SECONDS = 30.0
+WAITING_SECONDS, IDLE_SECONDS = 0.2, 1.0  # how often it is looked for jobs that are due, with and without any
 SILENT_WORKER_MS = 24 * 3_600_000  # pods come with a new name each time; the books do not keep them for ever
 
 
@@ -36,12 +37,14 @@ class QueueMaintenanceLoop(Loop):
 
     name = "QueueMaintenanceLoop"
 
-    def __init__(self, dispatcher: Dispatcher, policy: QueueSettings, interval_seconds: float = 0.2) -> None:
-        super().__init__(interval_seconds)
+    def __init__(self, dispatcher: Dispatcher, policy: QueueSettings) -> None:
+        super().__init__(IDLE_SECONDS)
         self._desk, self._policy = dispatcher, policy
         self._pruned_at = 0
+        dispatcher.on_backoff = self.poke
 
     async def turn(self) -> None:
+        self.interval_seconds = WAITING_SECONDS if self._desk.anything_waits else IDLE_SECONDS
         if not self._desk.leads:
             return
         self.stats["jobs_woken"] += await self._desk.wake_due()

@@ -113,6 +113,11 @@ BUGS: dict[str, Bug] = {
         ("members",),
         {"spares": 2},
     ),
+    "removed voter never told": Bug(
+        "it was down when it was removed, and believes for ever that it votes",
+        (_replica("_bid_farewell", "if seat is None or", "if True or"),),
+        ("members", "kill"),
+    ),
     "config not rolled back": Bug(
         "it counts by voters that nobody agreed on",
         (Slip(Log, "truncate", "while self.configs and self.configs[-1][0] >= first:", "while False:"),),
@@ -214,7 +219,7 @@ BUGS: dict[str, Bug] = {
     ),
     "no check of the quorum": Bug(
         "a leader that nobody answers leads on",
-        (_replica("_keep_seat", "elif now - self._quorum_contact", "elif False and now - self._quorum_contact"),),
+        (_replica("_keep_seat", "elif now - self._seat.answered", "elif False and now - self._seat.answered"),),
         (),
         {"exam": "deaf"},
     ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from p2p.effects import Config, Entry
 from p2p.ids import VoterId, node_of
-from p2p.replica import CLOSE_ENTRIES, Reconfigure
+from p2p.replica import CLOSE_ENTRIES, Farewell, Reconfigure
 from tests.simulation import model
 from tests.simulation.requests import Order, Request
 
@@ -98,13 +98,17 @@ class Desk:
             self._mend()
 
     def _mend(self) -> None:
-        """Voters whose disk is gone or has forgotten are removed; learners that have caught up are promoted; whoever
-        runs and belongs to nothing becomes a learner. One change at a time, never one that costs a majority."""
+        """Who was removed and does not know is told; voters whose disk is gone or has forgotten are removed; learners
+        that have caught up are promoted; whoever runs and belongs to nothing becomes a learner. One change at a time,
+        never one that costs a majority."""
         node, world = self.node, self.node.world
         replica = node.replica
         config = replica.config
         alive = {n.voter: n for n in world.nodes.values()}
         wanted = world.profile.voters
+        for voter, other in sorted(alive.items()):
+            if voter not in config.everyone and other.up and voter in other.replica.config.everyone:
+                node.order(Farewell(voter))
         for voter in config.everyone:
             p = replica.progress.get(voter)
             gone = voter not in alive or (p is not None and p.regressed)
@@ -119,7 +123,7 @@ class Desk:
                     node.order(Reconfigure(Config((*config.voters, learner), rest)))
                     return
             for voter, other in sorted(alive.items()):
-                if voter not in config.everyone and other.up:
+                if voter not in config.everyone and other.up and voter not in other.replica.config.everyone:
                     node.order(Reconfigure(Config(config.voters, (*config.learners, voter))))
                     return
 

@@ -126,15 +126,16 @@ class Schedule:
     def _settled(self) -> bool:
         if any(client.waiting is not None or client.again is not None for client in self.clients):
             return False
-        leaders = [node for node in self.world.nodes.values() if node.up and node.replica.established]
+        nodes = self.world.nodes.values()
+        leaders = [node for node in nodes if node.up and node.replica.established]
         if not leaders:
             return False
         leader = max(leaders, key=lambda node: node.replica.term)
         upto = self.watch.commits.index
         config = leader.replica.config
-        return all(
-            node.machine.applied_index >= upto for node in self.world.nodes.values() if node.voter in config.everyone
-        )
+        if any(n.up and n.voter in n.replica.config.everyone and n.voter not in config.everyone for n in nodes):
+            return False  # it was removed, and does not know
+        return all(node.machine.applied_index >= upto for node in nodes if node.voter in config.everyone)
 
     def _check_end(self, began: float) -> None:
         upto = self.watch.commits.index

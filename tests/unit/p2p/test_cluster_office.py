@@ -44,6 +44,7 @@ class FakeDriver:
         self.refusals: list[Exception] = []
         self.configs: list[Config] = []
         self.transfers: list[VoterId] = []
+        self.farewells: list[VoterId] = []
         self.stood = 0
         self.on_config: Callable[[Config], None] = lambda config: None
 
@@ -68,6 +69,9 @@ class FakeDriver:
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def bid_farewell(self, voter: VoterId) -> None:
+        self.farewells.append(voter)
 
     def stand(self) -> None:
         self.stood += 1
@@ -116,7 +120,7 @@ class Here(Cluster):
         self.driver: Any = FakeDriver(config)
         self.gossip: Any = FakeGossip(members)
         self.peers: Any = SimpleNamespace(call=self._told)
-        self._book: Any = SimpleNamespace(addresses={}, note=lambda here: None)
+        self._book: Any = SimpleNamespace(addresses={}, knows=lambda here: True)
         self.links: Any = SimpleNamespace(hold=lambda *_, **__: None)
         self._version, self._wish = "1", None
         self._tasks, self._office, self._in_office = set(), None, False
@@ -458,3 +462,19 @@ async def test_only_a_voter_stands_for_election() -> None:
     with pytest.raises(Refused) as refused:
         await stranger.start_election()
     assert (refused.value.status, stranger.driver.stood) == (409, 0)
+
+
+async def test_who_has_a_copy_and_does_not_belong_is_told_by_who_leads() -> None:
+    here = Here(voters="a b")
+    here.gossip.records["b"].meta = {"copy": True}
+    here.gossip.records["c"].meta = {"copy": True}
+    here.gossip.records["d"].meta = {}
+    await here._look_after()
+    assert here.driver.farewells == []  # does not lead
+    here.role("leader", 2, A, established=True)
+    await here.settled()
+    await here._look_after()
+    assert here.driver.farewells == [v("c")]
+    here.gossip.records["c"].state = State.DEAD
+    await here._look_after()
+    assert here.driver.farewells == [v("c")]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from p2p.driver import MAX_BATCH_ENTRIES, MAX_UNAPPLIED_BATCHES, NotLeader, Overloaded, Stopped
-from p2p.ids import Index
+from p2p.effects import Config
+from p2p.ids import Index, Term, VoterId
+from p2p.messages import Append, AppendReply
 from tests.nodes import wait_until
 from tests.unit.p2p.driving import SECONDS, Rig, WatchedMachine, in_thread
 
@@ -341,6 +345,47 @@ def test_proposals_made_before_the_term_began_are_definitely_not_done(make: Call
     with pytest.raises(NotLeader):
         early.result(SECONDS)
     assert rig.proposed(b"later")[0] == (2, b"later")
+
+
+class CountingCondition(threading.Condition):
+    """Counts what the thread that made it wakes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._maker, self.notified = threading.get_ident(), 0
+
+    def notify(self, n: int = 1) -> None:
+        self.notified += threading.get_ident() == self._maker
+        super().notify(n)
+
+
+def test_answers_to_heartbeats_wake_nobody_while_all_have_everything(make: Callable[..., Rig]) -> None:
+    """But a refusal does, and so does the answer that a read waits for; none is lost."""
+    beats: queue.SimpleQueue[Append] = queue.SimpleQueue()
+    rig = make(send=lambda messages: [beats.put(m) for _, m in messages if isinstance(m, Append)])
+    rig.replica.timers = replace(rig.replica.timers, heartbeat=3600.0)
+    wake = rig.driver._wake = CountingCondition()
+    rig.start()
+    learner = VoterId("n2@d")
+    rig.driver.reconfigure(Config((rig.replica.me,), (learner,))).result(SECONDS)
+
+    def answer(beat: Append, *, ok: bool = True) -> None:
+        match = Index(beat.prev_index + len(beat.entries))
+        reply = AppendReply(beat.term, ok, match, Term(0), Index(0), match, beat.round, 0, True)
+        rig.driver.receive(learner, reply)
+
+    while not rig.driver._calm:
+        beat = beats.get(timeout=SECONDS)
+        answer(beat)
+        wait_until(lambda: rig.driver._calm or not beats.empty())
+    before = wake.notified
+    for _ in range(5):
+        answer(beat)
+    assert wake.notified == before
+    answer(beat, ok=False)
+    assert wake.notified == before + 1
+    last = rig.replica.journal.last_index
+    wait_until(lambda: not rig.driver._inbox and rig.replica.progress[learner].match == last)
 
 
 def test_the_floor_is_written_when_the_journal_falls_idle(rig: Rig) -> None:

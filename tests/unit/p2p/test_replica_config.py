@@ -15,6 +15,7 @@ from p2p.replica import (
     FOLLOWER,
     LEADER,
     ConfigRefused,
+    Farewell,
     Propose,
     Read,
     Reconfigure,
@@ -170,6 +171,35 @@ def test_a_removal_that_is_not_committed_yet_removes_no_leader() -> None:
     assert leader.role == FOLLOWER
 
 
+def test_a_voter_removed_while_it_was_down_is_told_when_it_is_heard_of() -> None:
+    """Nobody who follows the new configuration speaks to it by itself, and its questions are refused for a lease."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    cluster.crash("n1")
+    cluster.step("n3", Reconfigure(members("n2 n3")))
+    cluster.run_to(cluster.now + FAREWELL_SECONDS + 1)
+    cluster.restart("n1")
+    cluster.run_to(cluster.now + 3)
+    leader = cluster.nodes["n3"].replica
+    assert (leader.role, leader.term) == (LEADER, 1)
+    assert cluster.nodes["n1"].replica.config == members("n1 n2 n3")
+    for wrong in ("n2", "n3"):  # they belong
+        before = dict(leader.progress)
+        cluster.step("n3", Farewell(voter(wrong)))
+        assert leader.progress == before
+    cluster.step("n2", Farewell(voter("n1")))  # does not lead
+    cluster.step("n3", Farewell(voter("n1")))
+    told = leader.progress[voter("n1")]
+    cluster.step("n3", Farewell(voter("n1")))
+    assert leader.progress[voter("n1")] is told
+    cluster.stabilize()
+    assert cluster.nodes["n1"].replica.config == members("n2 n3")
+    cluster.run_to(cluster.now + FAREWELL_SECONDS + 0.5)
+    assert voter("n1") not in leader.progress
+    assert (leader.role, leader.term) == (LEADER, 1)
+
+
 def test_a_voter_that_was_just_removed_is_a_learner_before_it_votes_again() -> None:
     cluster = Cluster(3)
     cluster.elect("n3")
@@ -224,3 +254,21 @@ def test_a_configuration_is_read_as_it_was_written(voters: list[VoterId], split:
 def test_what_is_no_configuration_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError):
         Config.decode(body)
+
+
+def test_other_voters_are_another_majority_at_once() -> None:
+    """Who was answered by a majority of three a moment ago was not answered by three of four."""
+    cluster = Cluster(3, learners=1)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 1)
+    leader = cluster.nodes["n3"].replica
+    cluster.crash("n1")
+    cluster.crash("n4")
+    silent_since = leader.progress[voter("n1")].contact
+    cluster.run_to(silent_since + leader.election.timeout - 0.05)
+    assert leader.role == LEADER
+    everybody = tuple(voter(f"n{n}") for n in range(1, 5))
+    cluster.step("n3", Reconfigure(Config(everybody, ())))
+    cluster.run_to(silent_since + leader.election.timeout + 0.01)
+    assert leader.role == FOLLOWER
+    assert leader.why == "a majority does not answer"

@@ -8,7 +8,7 @@ from p2p.effects import Effect, Entry, Fetch, ReadReady
 from p2p.ids import Index, Term
 from p2p.journal.progress import BATCH_BYTES, BATCH_ENTRIES, PROBE, REPLICATE, SNAPSHOT
 from p2p.messages import Append, AppendReply, BadMessage, decode, encode
-from p2p.replica import Fetched, Propose, Read, Received, Tick, Unreachable
+from p2p.replica import Fetched, Propose, Read, Received, Tick, Transfer, Unreachable
 from tests.unit.p2p.interaction import Cluster, voter
 
 
@@ -195,6 +195,57 @@ def test_what_was_read_for_nobody_is_dropped() -> None:
     assert cluster.step("n3", Fetched(voter("n2"), entries(first, 1))) == []
     assert cluster.step("n3", Fetched(voter("n9"), entries(first, 1))) == []
     assert cluster.step("n2", Fetched(voter("n1"), entries(first, 1))) == []
+
+
+# -- answers that can wait ---------------------------------------------------------------------------------------------
+
+
+def test_a_leader_is_calm_when_no_answer_can_move_anything() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    leader = cluster.nodes["n3"].replica
+    assert leader.established
+    cluster.run_to(cluster.now + 0.3)
+    assert leader.calm
+    assert not cluster.nodes["n1"].replica.calm  # it does not lead
+    cluster.step("n3", Read(7))
+    assert not leader.calm
+    cluster.stabilize()
+    assert leader.calm
+    cluster.step("n3", Propose((b"x",)))
+    assert not leader.calm
+    cluster.stabilize()
+    assert leader.calm
+    cluster.crash("n1")
+    cluster.step("n3", Propose((b"y",)))
+    cluster.stabilize()
+    assert leader.journal.commit_index == leader.journal.last_index
+    assert not leader.calm  # n1 is to be brought up to date
+
+
+def test_a_leader_that_hands_its_seat_over_is_not_calm() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    cluster.step("n3", Transfer(voter("n2")))
+    assert not cluster.nodes["n3"].replica.calm
+
+
+def test_an_answer_that_waited_for_its_turn_was_not_slow() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    leader = cluster.nodes["n3"].replica
+    cluster.now += 0.1
+    cluster.tick("n3")
+    beaten = cluster.now
+    cluster.deliver("n3", "n1")
+    answer = cluster.wire["n1", "n3"].popleft()
+    cluster.now += 0.09
+    cluster.step("n3", Received(voter("n1"), answer, beaten + 0.002))
+    p = leader.progress[voter("n1")]
+    assert p.answers[-1] == pytest.approx(0.002, abs=1e-4)
+    assert p.contact == pytest.approx(beaten, abs=1e-4)
 
 
 # -- what answers say --------------------------------------------------------------------------------------------------
