@@ -13,6 +13,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
+from zlib import crc32
 
 import apsw
 
@@ -25,7 +26,8 @@ from coordination.retry import MAX_BACKOFF_MS, backoff_ms
 from coordination.sql import schema, statements
 
 S = JobState
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MARK_EVERY = 1024  # entries between two marks by which voters compare their states
 MAX_HISTORY = 100  # transitions kept of one job; its first ten stay for ever
 MAX_ERROR_CHARS = 8_000
 CLOCK_STEP_MS = 60_000  # nodes whose clocks differ by 30 s are refused (DESIGN §3), so this is no disagreement
@@ -116,10 +118,8 @@ class QueueState:
         if not self._run("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone():
             with self._db:
                 self._run(schema())
-                self._run(
-                    "INSERT INTO meta VALUES ('schema', ?), ('applied', 0), ('term', 0), ('now', 0), ('seq', 0)",
-                    (SCHEMA_VERSION,),
-                )
+                self._run("INSERT INTO meta VALUES ('schema', ?)", (SCHEMA_VERSION,))
+                self._run("INSERT INTO meta VALUES ('applied', 0), ('term', 0), ('now', 0), ('seq', 0), ('digest', 0)")
         meta = {str(key): int(cast(int, value)) for key, value in self._run("SELECT key, value FROM meta")}
         if meta["schema"] != SCHEMA_VERSION:
             raise Refused(409, f"{path} has queue schema {meta['schema']}; this build reads {SCHEMA_VERSION}")
@@ -129,6 +129,11 @@ class QueueState:
         self._durable_index = 0  # what a checkpoint of ours has covered
         self.now_ms = meta["now"]
         self._seq = meta["seq"]
+        self._digest = meta["digest"]  # of every transition there ever was: voters that differ once differ for ever
+        self.mark = self._mark = (
+            0,
+            0,
+        )  # the newest (index, digest) at a multiple of MARK_EVERY that was applied by this process
         self._shapes: dict[str, int] = {
             str(r): int(cast(int, s)) for s, r in self._run("SELECT shape, requires FROM shapes")
         }
@@ -188,13 +193,14 @@ class QueueState:
                 ("term", self._term),
                 ("now", self.now_ms),
                 ("seq", self._seq),
+                ("digest", self._digest),
             ):
                 self._run("UPDATE meta SET value = ? WHERE key = ?", (value, key))
         except BaseException:
             self._run("ROLLBACK")
             raise
         self._run("COMMIT")
-        self.applied_index, self.applied_term = self._index, self._term
+        self.applied_index, self.applied_term, self.mark = self._index, self._term, self._mark
         return answers
 
     def _apply(self, index: int, term: int, body: bytes) -> tuple[Any, list[Event]]:
@@ -208,6 +214,10 @@ class QueueState:
             self._keep_time(command.at_ms)
             result = self._handlers[type(command)](index, command)
         self._index, self._term = index, term
+        sums = f"{index} {self.now_ms} {self._seq} {self.unfinished_total} {self.pending_total} {self.waiting_total}"
+        self._digest = crc32(sums.encode(), self._digest)
+        if index % MARK_EVERY == 0:
+            self._mark = (index, self._digest)
         return result, self._events
 
     def _keep_time(self, at_ms: int) -> None:
@@ -316,6 +326,7 @@ class QueueState:
 
     def _tell(self, type: E, row_id: str, kind: str, **fields: Any) -> None:
         self._events.append(Event(type, self.now_ms, {"job": row_id, "kind": kind, **fields}))
+        self._digest = crc32(f"{type} {row_id} {fields.get('attempt')}".encode(), self._digest)
 
     def _row(self, job_id: str) -> _Row | None:
         row = self._run(self._q["job_row"], (job_id,)).fetchone()

@@ -32,6 +32,7 @@ class StateMachine(Protocol):
     """What the journal drives. `apply_batch` answers (result, events) for each entry, in one transaction."""
 
     applied_index: int
+    mark: tuple[int, int]  # the newest (index, digest) by which voters compare their states; (0, 0): none yet
 
     def apply_batch(self, entries: Iterable[tuple[int, int, bytes]]) -> list[tuple[Any, list[Any]]]: ...
     def checkpoint(self) -> int: ...
@@ -61,14 +62,14 @@ class Snapshots(NamedTuple):
 
 class Applier:
     """`on_events` is called on this thread, in order, before the proposals that caused the events are answered; it must
-    not block. `applied(index)` is told after each batch."""
+    not block. `applied(index, mark)` is told after each batch."""
 
     def __init__(
         self,
         machine: StateMachine,
         *,
         on_events: Callable[[list[Any]], None],
-        applied: Callable[[int], None],
+        applied: Callable[[int, tuple[int, int]], None],
         fatal: Callable[[str], None],
         snapshots: Snapshots | None,
     ) -> None:
@@ -175,7 +176,7 @@ class Applier:
         self._unchecked_bytes += size + 512 * len(batch.entries)
         with self._work:
             self.batches -= 1
-        self._applied(machine.applied_index)
+        self._applied(machine.applied_index, machine.mark)
         if self._unchecked_bytes >= STATE_CHECKPOINT_BYTES:
             self._durable_applied = machine.checkpoint()
             self._unchecked_bytes = 0

@@ -115,6 +115,7 @@ class Cluster:
         self._since: dict[VoterId, tuple[State, float]] = {}
         self._office: asyncio.Task[None] | None = None
         self._in_office = False
+        self._said_diverged = ""
         self._agreed_at = self._ordered_at = float("-inf")  # monotonic
         self._leaderless = 0  # turns of `_keep` without a leader
         self._founding = False
@@ -617,6 +618,7 @@ class Cluster:
             self.autopilot_says = "not leading"
             return
         self._tell_the_removed()
+        self._compare_states()
         if await self._gave_way():
             return
         if time.monotonic() - self._ordered_at < OPERATOR_SECONDS:
@@ -637,6 +639,22 @@ class Cluster:
             voter = voter_id(member.node, member.disk)
             if member.state is State.ALIVE and member.meta.get("copy") and voter not in everyone:
                 self.driver.bid_farewell(voter)
+
+    def _compare_states(self) -> None:
+        """Equal journals must have made equal queues (PROTOCOL §2.23). Nothing can be mended here, for nobody knows
+        which one is wrong; but that one of them is must not stay unknown."""
+        followers = [f for f in self.view().followers if f.voter in self.view().config.everyone]
+        other = [str(node_of(f.voter)) for f in followers if f.diverged]
+        if not other:
+            return
+        wrong = (
+            f"the queue of {', '.join(other)} differs" if len(other) < len(followers) else "all others' queues differ"
+        )
+        message = f"{wrong} from the one of {node_of(self.me)}, though their journals are equal: see the runbook"
+        if message != self._said_diverged:
+            self._said_diverged = message
+            log.critical(message)
+        self._callbacks.alert("diverged", message)
 
     async def _gave_way(self) -> bool:
         """A leader that nobody can dial serves nobody but itself: it brings the others up to date, and hands over."""
@@ -747,6 +765,7 @@ class Cluster:
                     "ready": f.ready,
                     "priority": f.priority,
                     "lost_entries": f.regressed,
+                    "diverged": f.diverged,
                 }
             return told
 

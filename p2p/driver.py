@@ -36,6 +36,7 @@ from p2p.effects import (
     Entry,
     Fetch,
     Install,
+    Mark,
     OfferSnapshot,
     Persist,
     ReadFailed,
@@ -109,6 +110,7 @@ class Progresses(NamedTuple):
     priority: int
     ready: bool
     regressed: bool
+    diverged: bool
 
 
 class View(NamedTuple):
@@ -217,7 +219,7 @@ class Driver:
         self._applier = Applier(
             machine,
             on_events=lambda events: self._on_events(events),  # noqa: PLW0108 - tests replace it
-            applied=lambda index: self._put(Applied(Index(index))),
+            applied=lambda index, mark: self._put(Applied(Index(index), Mark(*mark))),
             fatal=self._fatal,
             snapshots=setup,
         )
@@ -712,6 +714,7 @@ def _seen(p: Progress, now: float) -> Progresses:
         p.priority,
         p.ready,
         p.regressed,
+        p.diverged,
     )
 
 

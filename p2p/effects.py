@@ -101,6 +101,16 @@ class Fetch:
     most_bytes: int
 
 
+class Mark(NamedTuple):
+    """A digest of the state machine as it was at `index`. Voters' are equal, or one of them has gone wrong."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    digest: int
+
+
+NO_MARK = Mark(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class OfferSnapshot:
     """The follower `to` is behind the log: offer it the newest snapshot, making one if there is none newer than the

@@ -67,7 +67,8 @@ class Append(NamedTuple):
 class AppendReply(NamedTuple):
     """`match`: the sender holds the leader's log up to there, durably. On a refusal `conflict_first` is where the
     leader should look next: the first entry of the conflicting term, or just behind the sender's end; `last_index` is
-    that end. `ready`: it could lead (its disk answers, nothing is wrong with it)."""
+    that end. `ready`: it could lead (its disk answers, nothing is wrong with it). `mark_index`, `digest`: its newest
+    `p2p.effects.Mark`."""
 
     term: Term
     ok: bool
@@ -78,6 +79,8 @@ class AppendReply(NamedTuple):
     round: int
     priority: int
     ready: bool
+    mark_index: int = 0
+    digest: int = 0
 
 
 class SnapshotOffer(NamedTuple):
@@ -138,7 +141,7 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "reason": str, "transfer": bool, "prev_index": int, "prev_term": int, "entries": tuple, "commit": int,
     "round": int, "heirs": tuple, "timeout_ms": int, "ok": bool, "match": int, "conflict_term": int,
     "conflict_first": int, "ready": bool, "index": int, "config": bytes, "chain": bytes, "name": str, "size": int,
-    "sha256": str,
+    "sha256": str, "mark_index": int, "digest": int,
 }  # fmt: skip
 _MAY_BE_NEGATIVE = frozenset({"priority"})
 LARGEST = 1 << 62  # the stores keep numbers in 64 bits with a sign

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from p2p.effects import (
     COMMAND,
     CONFIG,
+    NO_MARK,
     Apply,
     Config,
     Effect,
@@ -25,6 +26,7 @@ from p2p.effects import (
     Fetch,
     HardState,
     Install,
+    Mark,
     OfferSnapshot,
     Persist,
     ReadFailed,
@@ -55,6 +57,7 @@ from p2p.quorum import majority
 FOLLOWER, CANDIDATE, LEADER = "follower", "candidate", "leader"
 MAX_READS = 10_000
 CLOSE_ENTRIES = 64  # a voter this close to the end of the log may inherit, be promoted and be handed the seat
+MARKS = 8  # kept for comparison with followers that are behind or ahead
 FAREWELL_SECONDS = 2.0  # how long a removed voter is still told that it was removed
 
 
@@ -92,9 +95,10 @@ class Persisted:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The state machine holds everything up to `upto`."""
+    """The state machine holds everything up to `upto`; its newest mark, if it has one."""
 
     upto: Index
+    mark: Mark = NO_MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +295,7 @@ class Replica:
         self._round = 0
         self._handed_over = applied  # the last Apply told
         self._told: tuple[str, Term, VoterId | None, bool] = (FOLLOWER, self.term, None, False)
+        self.marks: deque[Mark] = deque((NO_MARK,), maxlen=MARKS)
         self.dropped = 0  # messages of peers that made no sense, counted
         if self.config.voters == (me,):
             self.election.deadline = now  # nobody to wait for
@@ -313,8 +318,10 @@ class Replica:
                 self._on_persisted(seq, now)
             case Propose(bodies):
                 self._on_propose(bodies, now)
-            case Applied(upto):
+            case Applied(upto, mark):
                 self.journal.applied(upto)
+                if mark.index > self.marks[-1].index:
+                    self.marks.append(mark)
             case Tick():
                 self._on_tick(now)
             case Fetched(to, entries):
@@ -712,7 +719,16 @@ class Replica:
         match = min(journal.verified, journal.stable_index)
         ready = self._fit(now)
         return AppendReply(
-            self.term, True, match, Term(0), Index(0), journal.last_index, round, self.election.priority, ready
+            self.term,
+            True,
+            match,
+            Term(0),
+            Index(0),
+            journal.last_index,
+            round,
+            self.election.priority,
+            ready,
+            *self.marks[-1],
         )
 
     def _on_snapshot_offer(self, sender: VoterId, offer: SnapshotOffer, now: float) -> None:
@@ -925,6 +941,8 @@ class Replica:
         if seat is None or p is None or reply.round > self._round:
             return
         self._note_contact(p, reply, now, now if came is None else came)
+        if any(mine.index == reply.mark_index and mine.digest != reply.digest for mine in self.marks):
+            p.diverged = True
         if reply.last_index < p.match and reply.round > p.match_round:
             p.regressed = True
         if p.regressed:

@@ -39,6 +39,8 @@ def voters(told: Told) -> list[str]:
 def _trouble(row: Told) -> str:
     if row.get("lost_entries"):
         return f"{row['state']}, lost entries"
+    if row.get("diverged"):
+        return f"{row['state']}, another queue"
     return f"{row['state']}, unfit" if row.get("ready") is False else str(row["state"])
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import threading
 import time
@@ -206,6 +207,34 @@ def test_a_follower_behind_the_compacted_log_is_sent_a_snapshot(cluster: Cluster
     cluster.wait_voters(3)
     check(clients, cluster)
     assert "fetched snapshot" in behind.log_text
+
+
+def test_a_voter_whose_queue_went_wrong_is_noticed(cluster: ClusterProcesses) -> None:
+    """A value in its tables was flipped: its journal is whole, its answers are not (PROTOCOL §2.23)."""
+    cluster["n1"].submit(command=["true"], requires={"cpus": 900})
+    cluster.wait_equal()
+    odd = a_follower(cluster)
+    odd.kill()
+    with contextlib.closing(sqlite3.connect(odd.data / "state.db")) as db, db:
+        assert db.execute("UPDATE counts SET n = n + 1 WHERE state = 'pending'").rowcount > 0
+    odd.start()
+    leader = cluster.leader()
+    with Clients([node for node in cluster.all if node is not odd], seed=5, submitters=6) as clients:
+        wait_until(lambda: voters(leader)[odd.node_id].get("diverged"), seconds=60)
+    assert [name for name, row in voters(leader).items() if row.get("diverged")] == [odd.node_id]
+
+    def alerted() -> str:
+        alerts = leader.request("GET", "/work_queue_status")[1]["alerts"]
+        return "".join(alert["message"] for alert in alerts if alert["alert"] == "diverged")
+
+    wait_until(alerted)
+    assert f"the queue of {odd.node_id} differs from the one of {leader.node_id}" in alerted()
+    odd.kill()  # what the runbook says
+    shutil.rmtree(odd.data)
+    odd.start(wait=False)
+    wait_until(lambda: not any(row.get("diverged") for row in voters(leader).values()), seconds=30)
+    cluster.wait_voters(3, seconds=30)
+    check(clients, cluster)
 
 
 def snapshot_index(node: NodeProcess) -> int:

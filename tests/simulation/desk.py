@@ -109,6 +109,8 @@ class Desk:
         for voter, other in sorted(alive.items()):
             if voter not in config.everyone and other.up and voter in other.replica.config.everyone:
                 node.order(Farewell(voter))
+        if node.desk is not self:
+            return  # it leads no more
         for voter in config.everyone:
             p = replica.progress.get(voter)
             gone = voter not in alive or (p is not None and p.regressed)

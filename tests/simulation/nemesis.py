@@ -278,12 +278,18 @@ class Nemesis:
 
     def _may_restore(self, node: Node, copy: Disk, leader: Node) -> bool:
         """Nothing is lost if a majority of the others holds all that is committed, leads, and has heard of nothing
-        later; and a copy that begins at nothing can be replayed."""
+        later; if the leader has just heard so many that it goes on leading; and a copy that begins at nothing can be
+        replayed."""
         replica = leader.replica
         others = [v for v in replica.config.voters if v != node.voter]
         log = replica.journal
         held = [
             v for v in others if self.watch.disks[v].holds(log.commit_index, log.log.term_at(log.commit_index) or 0)
+        ]
+        heard = [
+            v
+            for v in others
+            if (p := replica.progress.get(v)) is None or leader.clock() - p.contact < 2 * leader.timers.heartbeat
         ]
         running = all(n.up and not n.frozen for n in self.world.nodes.values() if n.voter in replica.config.voters)
         return (
@@ -294,6 +300,7 @@ class Nemesis:
             and node.voter in replica.config.voters
             and not node.replica.installing
             and 2 * len(held) > len(replica.config.voters)
+            and 2 * len(heard) > len(replica.config.voters)
             and copy.hard_state == node.disk.hard_state
             and replica.term == copy.hard_state.term
             and copy.last < node.disk.last

@@ -14,7 +14,7 @@ from coordination.commands import UnknownCommand
 from coordination.errors import Refused
 from coordination.events import EventType as E
 from coordination.queue_reads import QueueReader
-from coordination.queue_state import KEY_AGE_MS, MAX_ERROR_CHARS, MAX_HISTORY, QueueState
+from coordination.queue_state import KEY_AGE_MS, MARK_EVERY, MAX_ERROR_CHARS, MAX_HISTORY, QueueState
 from coordination.retry import MAX_BACKOFF_MS
 from tests.unit.coordination.drive import DAY, T0, Queue, connection, dump, new_job
 
@@ -514,6 +514,52 @@ def test_the_applied_index_moves_when_a_reader_can_see_the_entry(tmp_path: Path)
     assert state.applied_index == reader.applied()[1] == len(a_days_work())
     reader.close()
     state.close()
+
+
+def test_voters_compare_their_states_by_a_digest_at_fixed_entries(tmp_path: Path) -> None:
+    """However the entries were cut into batches, and wherever the process was restarted."""
+    work = [(index, 1, body) for index, _, body in a_days_work()]
+    entries = [*work, *((index, 1, b"") for index in range(len(work) + 1, 2 * MARK_EVERY + 5))]
+    one, cut = QueueState(":memory:"), QueueState(str(tmp_path / "cut.db"))
+    one.apply_batch(entries[:MARK_EVERY])
+    cut.apply_batch(entries[:3])
+    cut.close()
+    cut = QueueState(str(tmp_path / "cut.db"))
+    assert cut.mark == (0, 0)
+    for start in range(0, MARK_EVERY + 3, 7):
+        cut.apply_batch(entries[start : start + 7])
+    assert one.mark == cut.mark
+    assert one.mark[0] == MARK_EVERY
+    before = cut.mark
+    cut.apply_batch(entries[:40])  # a replay marks nothing
+    assert cut.mark == before
+    one.apply_batch(entries[MARK_EVERY:])
+    assert one.mark[0] == 2 * MARK_EVERY
+    assert one.mark[1] != before[1]
+    cut.close()
+
+
+def test_a_state_that_was_tampered_with_has_another_digest(tmp_path: Path) -> None:
+    entries = [(index, 1, body) for index, _, body in a_days_work()]
+    rest = [(index, 1, b"") for index in range(len(entries) + 1, MARK_EVERY + 1)]
+    marks = set()
+    plus_one = "UPDATE {} = {} + 1 WHERE {}"
+    for tampering in (
+        "SELECT 1",
+        plus_one.format("counts SET n", "n", "state = 'pending'"),
+        plus_one.format("meta SET value", "value", "key = 'seq'"),
+        plus_one.format("meta SET value", "value", "key = 'now'"),
+    ):
+        path = str(tmp_path / f"{len(marks)}.db")
+        state = QueueState(path)
+        state.apply_batch(entries)
+        connection(state).execute(tampering)
+        state.close()
+        state = QueueState(path)
+        state.apply_batch(rest)
+        marks.add(state.mark)
+        state.close()
+    assert len(marks) == 4
 
 
 def test_gap_in_the_journal_stops_the_state_machine(queue: Queue) -> None:

@@ -74,7 +74,7 @@ class WatchedMachine:
 
     def __init__(self, story: Story, applied: int = 0) -> None:
         self.story, self.gate, self.closed = story, Gate(), False
-        self.applied_index = applied
+        self.applied_index, self.mark = applied, (0, 0)
         self.bodies: list[bytes] = []
         self.poison: bytes | None = None
 

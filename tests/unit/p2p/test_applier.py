@@ -28,7 +28,7 @@ class Rig:
         self.applier = Applier(
             self.machine,
             on_events=self.events.extend,
-            applied=self.applied.append,
+            applied=lambda index, mark: self.applied.append(index),
             fatal=self._died,
             snapshots=snapshots,
         )

@@ -129,10 +129,16 @@ class Here(Cluster):
         self._leaderless, self._founding = 0, False
         self.autopilot_says = ""
         self.offices: list[bool] = []
+        self.alerts: list[tuple[str, ...]] = []
+        self._said_diverged = ""
         self.wishes: list[tuple[str, bool]] = []
         self.on_office: Callable[[bool], Any] = self._noted
         self._callbacks = Callbacks(
-            lambda on: self.on_office(on), dict, lambda: None, lambda name, why: None, lambda why: None
+            lambda on: self.on_office(on),
+            dict,
+            lambda: None,
+            lambda *alert: self.alerts.append(alert),
+            lambda why: None,
         )
 
     async def _noted(self, on: bool) -> None:
@@ -157,7 +163,14 @@ class Here(Cluster):
 
     def heard(self, name: str, *, ready: bool = True, wish: bool | None = None) -> Any:
         follower = SimpleNamespace(
-            voter=v(name), ready=ready, match=0, priority=0, contact_age=0.0, round_seconds=0.0, regressed=False
+            voter=v(name),
+            ready=ready,
+            match=0,
+            priority=0,
+            contact_age=0.0,
+            round_seconds=0.0,
+            regressed=False,
+            diverged=False,
         )
         self.driver.view.followers = (*self.driver.view.followers, follower)
         if wish is not None:
@@ -462,6 +475,24 @@ async def test_only_a_voter_stands_for_election() -> None:
     with pytest.raises(Refused) as refused:
         await stranger.start_election()
     assert (refused.value.status, stranger.driver.stood) == (409, 0)
+
+
+async def test_a_queue_that_differs_from_the_leaders_is_an_alert() -> None:
+    here = Here()
+    here.role("leader", 2, A, established=True)
+    await here.settled()
+    b, c = here.heard("b"), here.heard("c")
+    stranger = here.heard("d")
+    stranger.diverged = True
+    await here._look_after()
+    assert here.alerts == []
+    b.diverged = True
+    await here._look_after()
+    assert here.alerts[-1][0] == "diverged"
+    assert "the queue of b differs from the one of a" in here.alerts[-1][1]
+    c.diverged = True
+    await here._look_after()
+    assert "all others' queues differ from the one of a" in here.alerts[-1][1]
 
 
 async def test_who_has_a_copy_and_does_not_belong_is_told_by_who_leads() -> None:

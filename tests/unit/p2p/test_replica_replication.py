@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from p2p.effects import Effect, Entry, Fetch, ReadReady
+from p2p.effects import Effect, Entry, Fetch, Mark, ReadReady
 from p2p.ids import Index, Term
 from p2p.journal.progress import BATCH_BYTES, BATCH_ENTRIES, PROBE, REPLICATE, SNAPSHOT
 from p2p.messages import Append, AppendReply, BadMessage, decode, encode
-from p2p.replica import Fetched, Propose, Read, Received, Tick, Transfer, Unreachable
+from p2p.replica import MARKS, Applied, Fetched, Propose, Read, Received, Tick, Transfer, Unreachable
 from tests.unit.p2p.interaction import Cluster, voter
 
 
@@ -195,6 +195,55 @@ def test_what_was_read_for_nobody_is_dropped() -> None:
     assert cluster.step("n3", Fetched(voter("n2"), entries(first, 1))) == []
     assert cluster.step("n3", Fetched(voter("n9"), entries(first, 1))) == []
     assert cluster.step("n2", Fetched(voter("n1"), entries(first, 1))) == []
+
+
+# -- states that differ ------------------------------------------------------------------------------------------------
+
+
+def test_a_follower_whose_state_differs_at_the_same_entry_is_noticed() -> None:
+    """PROTOCOL §2.23: nondeterminism or a broken disk, after which equal journals tell nothing."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    leader = cluster.nodes["n3"].replica
+    for index in range(1024, 1024 * (MARKS + 3), 1024):
+        cluster.step("n3", Applied(leader.journal.applied_index, Mark(index, index + 7)))
+    newest = 1024 * (MARKS + 2)
+    assert len(leader.marks) == MARKS
+
+    def told(name: str, mark: Mark) -> bool:
+        reply = leader_reply(cluster, name)._replace(mark_index=mark.index, digest=mark.digest)
+        cluster.step("n3", Received(voter(name), reply))
+        return leader.progress[voter(name)].diverged
+
+    assert not told("n1", Mark(newest, newest + 7))
+    assert not told("n1", Mark(newest + 1024, 5))  # the leader is not there yet
+    assert not told("n1", Mark(1024, 5))  # forgotten
+    assert told("n1", Mark(newest - 1024, 5))
+    assert told("n1", Mark(newest, newest + 7))  # it stays so
+    assert not leader.progress[voter("n2")].diverged
+
+
+def test_a_voter_tells_its_newest_mark() -> None:
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    cluster.step("n1", Applied(Index(1), Mark(1024, 99)))
+    cluster.step("n1", Applied(Index(1)))
+    reply = leader_reply(cluster, "n1")
+    assert (reply.mark_index, reply.digest) == (1024, 99)
+    assert decode(encode(reply)) == reply
+
+
+def leader_reply(cluster: Cluster, name: str) -> AppendReply:
+    """What the follower answers to a heartbeat; taken off the wire."""
+    cluster.run_to(cluster.now + 0.05)
+    cluster.now += 0.1
+    cluster.tick("n3")
+    cluster.deliver("n3", name)
+    reply = cluster.wire[name, "n3"].pop()
+    assert isinstance(reply, AppendReply)
+    return reply
 
 
 # -- answers that can wait ---------------------------------------------------------------------------------------------
