@@ -26,7 +26,7 @@ from coordination.retry import MAX_BACKOFF_MS, backoff_ms
 from coordination.sql import schema, statements
 
 S = JobState
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 MARK_EVERY = 1024  # entries between two marks by which voters compare their states
 MAX_HISTORY = 100  # transitions kept of one job; its first ten stay for ever
 MAX_ERROR_CHARS = 8_000
@@ -118,8 +118,10 @@ class QueueState:
         if not self._run("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone():
             with self._db:
                 self._run(schema())
-                self._run("INSERT INTO meta VALUES ('schema', ?)", (SCHEMA_VERSION,))
-                self._run("INSERT INTO meta VALUES ('applied', 0), ('term', 0), ('now', 0), ('seq', 0), ('digest', 0)")
+                self._run(
+                    "INSERT INTO meta VALUES ('schema', ?), ('applied', 0), ('term', 0), ('now', 0), ('seq', 0)",
+                    (SCHEMA_VERSION,),
+                )
         meta = {str(key): int(cast(int, value)) for key, value in self._run("SELECT key, value FROM meta")}
         if meta["schema"] != SCHEMA_VERSION:
             raise Refused(409, f"{path} has queue schema {meta['schema']}; this build reads {SCHEMA_VERSION}")
@@ -129,11 +131,8 @@ class QueueState:
         self._durable_index = 0  # what a checkpoint of ours has covered
         self.now_ms = meta["now"]
         self._seq = meta["seq"]
-        self._digest = meta["digest"]  # of every transition there ever was: voters that differ once differ for ever
-        self.mark = self._mark = (
-            0,
-            0,
-        )  # the newest (index, digest) at a multiple of MARK_EVERY that was applied by this process
+        self.mark = self._mark = (0, 0)  # the newest index at a multiple of MARK_EVERY, and a digest
+        self._digest = self._digested = 0  # of what the entries since the last such index did, and the sums; how many
         self._shapes: dict[str, int] = {
             str(r): int(cast(int, s)) for s, r in self._run("SELECT shape, requires FROM shapes")
         }
@@ -193,7 +192,6 @@ class QueueState:
                 ("term", self._term),
                 ("now", self.now_ms),
                 ("seq", self._seq),
-                ("digest", self._digest),
             ):
                 self._run("UPDATE meta SET value = ? WHERE key = ?", (value, key))
         except BaseException:
@@ -216,8 +214,11 @@ class QueueState:
         self._index, self._term = index, term
         sums = f"{index} {self.now_ms} {self._seq} {self.unfinished_total} {self.pending_total} {self.waiting_total}"
         self._digest = crc32(sums.encode(), self._digest)
+        self._digested += 1
         if index % MARK_EVERY == 0:
-            self._mark = (index, self._digest)
+            if self._digested == MARK_EVERY:  # else this process has not seen all of them
+                self._mark = (index, self._digest)
+            self._digest = self._digested = 0
         return result, self._events
 
     def _keep_time(self, at_ms: int) -> None:

@@ -516,50 +516,71 @@ def test_the_applied_index_moves_when_a_reader_can_see_the_entry(tmp_path: Path)
     state.close()
 
 
-def test_voters_compare_their_states_by_a_digest_at_fixed_entries(tmp_path: Path) -> None:
-    """However the entries were cut into batches, and wherever the process was restarted."""
+def two_windows() -> list[tuple[int, int, bytes]]:
+    """Work, enough for two comparisons."""
     work = [(index, 1, body) for index, _, body in a_days_work()]
-    entries = [*work, *((index, 1, b"") for index in range(len(work) + 1, 2 * MARK_EVERY + 5))]
-    one, cut = QueueState(":memory:"), QueueState(str(tmp_path / "cut.db"))
-    one.apply_batch(entries[:MARK_EVERY])
-    cut.apply_batch(entries[:3])
-    cut.close()
-    cut = QueueState(str(tmp_path / "cut.db"))
-    assert cut.mark == (0, 0)
+    return [*work, *((index, 1, b"") for index in range(len(work) + 1, 2 * MARK_EVERY + 1))]
+
+
+def test_voters_compare_their_states_by_a_digest_at_fixed_entries(tmp_path: Path) -> None:
+    """However the entries were cut into batches; but only what a process has seen the whole of."""
+    entries = two_windows()
+    one, cut, late = QueueState(":memory:"), QueueState(":memory:"), QueueState(str(tmp_path / "late.db"))
+    one.apply_batch(entries[: MARK_EVERY + 10])
     for start in range(0, MARK_EVERY + 3, 7):
         cut.apply_batch(entries[start : start + 7])
     assert one.mark == cut.mark
     assert one.mark[0] == MARK_EVERY
-    before = cut.mark
-    cut.apply_batch(entries[:40])  # a replay marks nothing
-    assert cut.mark == before
-    one.apply_batch(entries[MARK_EVERY:])
+    cut.apply_batch(entries[:40])  # a replay tells nothing new
+    one.apply_batch(entries[MARK_EVERY + 10 :])
+    cut.apply_batch(entries)
+    assert one.mark == cut.mark
     assert one.mark[0] == 2 * MARK_EVERY
-    assert one.mark[1] != before[1]
-    cut.close()
+    late.apply_batch(entries[:3])
+    late.close()
+    late = QueueState(str(tmp_path / "late.db"))
+    late.apply_batch(entries[: MARK_EVERY + 10])
+    assert late.mark == (0, 0)
+    late.apply_batch(entries)
+    assert late.mark == one.mark
+    late.close()
 
 
 def test_a_state_that_was_tampered_with_has_another_digest(tmp_path: Path) -> None:
-    entries = [(index, 1, body) for index, _, body in a_days_work()]
-    rest = [(index, 1, b"") for index in range(len(entries) + 1, MARK_EVERY + 1)]
-    marks = set()
+    entries = two_windows()
     plus_one = "UPDATE {} = {} + 1 WHERE {}"
-    for tampering in (
-        "SELECT 1",
-        plus_one.format("counts SET n", "n", "state = 'pending'"),
-        plus_one.format("meta SET value", "value", "key = 'seq'"),
-        plus_one.format("meta SET value", "value", "key = 'now'"),
+    marks = set()
+    for n, tampering in enumerate(
+        (
+            "SELECT 1",
+            plus_one.format("counts SET n", "n", "state = 'pending'"),
+            plus_one.format("meta SET value", "value", "key = 'seq'"),
+            plus_one.format("meta SET value", "value", "key = 'now'"),
+        )
     ):
-        path = str(tmp_path / f"{len(marks)}.db")
-        state = QueueState(path)
-        state.apply_batch(entries)
+        state = QueueState(str(tmp_path / f"{n}.db"))
+        state.apply_batch(entries[:40])
         connection(state).execute(tampering)
         state.close()
-        state = QueueState(path)
-        state.apply_batch(rest)
+        state = QueueState(str(tmp_path / f"{n}.db"))
+        state.apply_batch(entries)
+        assert state.mark[0] == 2 * MARK_EVERY
         marks.add(state.mark)
         state.close()
     assert len(marks) == 4
+
+
+def test_what_entries_do_is_part_of_the_digest() -> None:
+    """Two queues of equal sums in which another job was cancelled."""
+    marks = set()
+    for chosen in ("a", "b"):
+        queue = Queue()
+        queue.submit(new_job("a"), new_job("b"))
+        queue.cancel(chosen)
+        state = queue.state
+        state.apply_batch([(index, 1, b"") for index in range(state.applied_index + 1, MARK_EVERY + 1)])
+        marks.add(state.mark)
+    assert len(marks) == 2
 
 
 def test_gap_in_the_journal_stops_the_state_machine(queue: Queue) -> None:
