@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -156,3 +157,23 @@ async def test_the_step_of_a_clock_that_is_put_right_ends_no_job(desk: Desk) -> 
     assert desk.desk.leases.overdue(desk.desk.steady_ms(), 3_600_000) == []
     assert desk.desk.leases.never_started(desk.desk.steady_ms(), 3_600_000) == []
     assert [v.cause for v in desk.desk.stuck(3_600_000)] == []
+
+
+async def test_a_job_that_begins_to_wait_for_its_time_is_told_of(desk: Desk) -> None:
+    told: list[str] = []
+    desk.desk.on_backoff = lambda: told.append("backoff")
+    assert not desk.desk.anything_waits
+    await desk.desk.begin_term()
+    failed = c.AttemptDone("a", 1, "w", False, None, "boom", 1, True, 0, "exit")
+    desk.apply(c.Finish(T0, (failed,)))
+    await asyncio.sleep(0)
+    assert told == []  # its backoff is 0: it is pending again
+    assert not desk.desk.anything_waits
+    desk.apply(c.Submit(T0, (new_job("d", backoff_ms=5_000, max_attempts=2),), "", ""))
+    desk.apply(c.Claim(T0, "w", (c.Pick(4, None),)))
+    desk.apply(c.Finish(T0, (failed._replace(id="d"),)))
+    await asyncio.sleep(0)
+    assert told == ["backoff"]
+    assert desk.desk.anything_waits
+    desk.desk.end_term()
+    assert not desk.desk.anything_waits  # not this node's to wake
