@@ -7,19 +7,22 @@ is asked to pass the request on through it. Decides nothing about what is asked.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
 
-from coordination.errors import Refused
 from p2p.api.context import Context, context
 from p2p.api.errors import Problem
 from p2p.ids import NodeId
 from p2p.transport.streams import NoTunnel, TunnelError
 
 DIRECT = "X-P2P-Direct"  # set by a node that has looked up where the answer is
+NO_TUNNEL = "X-P2P-No-Tunnel"  # answered by an anchor through which nothing can be asked now
 BEGIN_SECONDS = 5.0
+TUNNEL_SECONDS = 3.0
+AGAIN_SECONDS = 0.2
 CONNECT_SECONDS = 1.0
 LISTEN_SECONDS = 0.5
 _KEPT = ("Content-Type", "X-Content-Type-Options", "X-P2P-Attempt", "Retry-After")
@@ -30,22 +33,45 @@ async def relay(request: web.Request, node: str, path: str, *, hidden: bool = Fa
     this node, and no other way. Raises Problem (502, 503) or Refused (404)."""
     here = context(request)
     query = request.rel_url.raw_query_string
-    target = f"{path}?{query}" if hidden and query else path
-    address, anchors = here.cluster.way_to(NodeId(node))
-    if hidden or (address is None and here.settings.node_id in here.cluster.anchors_of(node)):
-        return await _through_tunnel(request, node, target)
-    ways = [address] if address is not None else [*anchors]
-    prefix = "" if address is not None else f"/peer/tunnel/{node}"
-    why = "it is not known how to reach it"
-    for way in ways:
+    if hidden:
+        return await _through_tunnel(request, node, f"{path}?{query}" if query else path)
+    until = time.monotonic() + TUNNEL_SECONDS
+    while True:
+        address, anchors = here.cluster.way_to(NodeId(node))
+        response, why = await _by_any(request, node, path, address, anchors)
+        if response is not None:
+            return response
+        # A tunnel that broke, or is held to other anchors from now on, is there again in a moment.
+        if not anchors or time.monotonic() > until or not listens(here, request):
+            raise Problem(503, f"node {node[:80]} cannot be asked now: {why}", field="node")
+        await asyncio.sleep(AGAIN_SECONDS)
+
+
+async def _by_any(
+    request: web.Request, node: str, path: str, address: str | None, anchors: tuple[str, ...]
+) -> tuple[web.StreamResponse | None, str]:
+    """(the answer, or None if no way led there; why not). Each way is tried once."""
+    here, why = context(request), "it is not known how to reach it"
+    if address is None and here.settings.node_id in here.cluster.anchors_of(node):
         try:
-            answer = await _ask(request, f"http://{way}{prefix}{target}")
+            return await _through_tunnel(request, node, path), ""
+        except Problem as problem:
+            if NO_TUNNEL not in problem.headers:
+                raise
+            why = problem.detail
+    prefix = "" if address is not None else f"/peer/tunnel/{node}"
+    for way in [address] if address is not None else anchors:
+        try:
+            answer = await _ask(request, f"http://{way}{prefix}{path}")
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             why = str(error) or type(error).__name__
             continue
         async with answer:
-            return await _pass_back(request, answer.status, dict(answer.headers), answer.content.iter_any())
-    raise Problem(503, f"node {node[:80]} cannot be asked now: {why}", field="node")
+            if NO_TUNNEL not in answer.headers:
+                passed = await _pass_back(request, answer.status, dict(answer.headers), answer.content.iter_any())
+                return passed, ""
+            why = f"{way} holds no tunnel to it now"
+    return None, why
 
 
 async def _ask(request: web.Request, url: str) -> aiohttp.ClientResponse:
@@ -99,10 +125,9 @@ async def _through_tunnel(request: web.Request, node: str, target: str) -> web.S
     tunnel = context(request).cluster.tunnel
     try:
         opened = await tunnel.open(NodeId(node), request.method, target, headers=[(DIRECT, "1")], timeout=BEGIN_SECONDS)
-    except NoTunnel:
-        raise Refused(503, f"node {node[:80]} holds no tunnel to this one now") from None
     except TunnelError as error:
-        raise Refused(503, f"node {node[:80]} cannot be asked now: {error}") from None
+        why = "holds no tunnel to this one now" if isinstance(error, NoTunnel) else f"cannot be asked now: {error}"
+        raise Problem(503, f"node {node[:80]} {why}", headers={NO_TUNNEL: "1"}, field="node") from None
     async with opened as answer:
         return await _pass_back(request, answer.status, dict(answer.headers), aiter(answer.chunks))
 

@@ -166,6 +166,46 @@ async def test_an_anchor_asks_through_its_own_tunnel(led: Boxes) -> None:
     assert (await led.b.ask("GET", f"/jobs/{job}/logs")).body == b"x"
 
 
+class ReturningTunnel(FakeTunnel):
+    """Is there again when it has been asked so often."""
+
+    def __init__(self, absent: int) -> None:
+        super().__init__(b"x")
+        self._absent = absent
+
+    async def open(self, *question: Any, **how: Any) -> Any:
+        opened = await super().open(*question, **how)
+        if len(self.asked) <= self._absent:
+            raise NoTunnel("none")
+        return opened
+
+
+async def test_an_anchor_without_the_tunnel_is_not_the_last_word(led: Boxes) -> None:
+    """The node has just moved its tunnels to other anchors, and not everybody has heard."""
+    job = await job_on_c(led)
+    led.b.cluster.ways = {"c": (None, (led.c.address, led.a.address))}
+    led.b.cluster.anchors = {"c": ("b", "c", "a")}
+    led.b.cluster.tunnel = FakeTunnel(begin=NoTunnel("none"))
+    led.c.cluster.tunnel = FakeTunnel(begin=TunnelLost("gone"))
+    led.a.cluster.tunnel = FakeTunnel(b"x")
+    assert (await led.b.ask("GET", f"/jobs/{job}/logs")).body == b"x"
+    assert [len(box.cluster.tunnel.asked) for box in (led.b, led.c, led.a)] == [1, 1, 1]
+
+
+async def test_a_tunnel_that_is_back_in_a_moment_is_waited_for(led: Boxes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "AGAIN_SECONDS", 0.001)
+    job = await job_on_c(led)
+    led.b.cluster.ways = {"c": (None, (led.a.address,))}
+    led.a.cluster.tunnel = ReturningTunnel(absent=3)
+    assert (await led.b.ask("GET", f"/jobs/{job}/logs")).body == b"x"
+    led.a.cluster.tunnel = FakeTunnel(begin=NoTunnel("none"))
+    monkeypatch.setattr(relay, "TUNNEL_SECONDS", 0.02)
+    answer = await led.b.ask("GET", f"/jobs/{job}/logs")
+    assert (answer.status, answer.body["field"]) == (503, "node")
+    assert "holds no tunnel to it now" in answer.detail
+    assert len(led.a.cluster.tunnel.asked) > 1
+
+
 async def test_the_target_passes_a_tunnel_as_it_came(led: Boxes) -> None:
     """Unquoted and put together again, a value with an ampersand would be two."""
     led.b.cluster.ways = {"c": (None, ())}
