@@ -101,7 +101,7 @@ class Dispatcher:
         self._parked: dict[asyncio.Future[None], str] = {}  # -> the worker whose claim it is
         self._wakes = 0  # how often all were woken: a claim that was looking meanwhile looks again before it parks
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.on_backoff: Callable[[], None] = lambda: None  # a job now waits for its time: see `wake_due`
+        self.on_waiting: Callable[[], None] = lambda: None  # a job waits for its time from now on: see `wake_due`
         self._steady_offset = clock.now_ms() - clock.mono_ms()
         self._began_at = clock.mono_ms()
 
@@ -132,6 +132,7 @@ class Dispatcher:
             )
             self.leases.grant(held)
         self.leads = True
+        self.on_waiting()
 
     def end_term(self) -> None:
         """Closes: this node does not lead (any more). What it knew beside the queue is another's business now."""
@@ -509,13 +510,15 @@ class Dispatcher:
                     told = fields["cause"] in LAPSES
                     self.leases.drop(fields["job"], tell=told)
                     if fields.get("backoff_seconds"):
-                        self.on_backoff()
+                        self.on_waiting()
                     wake = wake or told or not fields.get("backoff_seconds")
                 case E.WORK_CANCELLED | E.WORK_RELEASED:
                     self.leases.drop(fields["job"], tell=True)
                     wake = True
                 case E.WORK_QUEUED:
                     wake = True
+                    if fields["state"] == "waiting":
+                        self.on_waiting()
         if wake:
             self.wake_parked()
 

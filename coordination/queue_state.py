@@ -28,6 +28,7 @@ from coordination.sql import schema, statements
 S = JobState
 SCHEMA_VERSION = 1
 MARK_EVERY = 1024  # entries between two marks by which voters compare their states
+DIGEST_RULES = 1  # one more whenever `_tell` or `_apply` sums up something else: then builds are not comparable
 MAX_HISTORY = 100  # transitions kept of one job; its first ten stay for ever
 MAX_ERROR_CHARS = 8_000
 CLOCK_STEP_MS = 60_000  # nodes whose clocks differ by 30 s are refused (DESIGN §3), so this is no disagreement
@@ -217,7 +218,7 @@ class QueueState:
         self._digested += 1
         if index % MARK_EVERY == 0:
             if self._digested == MARK_EVERY:  # else this process has not seen all of them
-                self._mark = (index, self._digest)
+                self._mark = (index, DIGEST_RULES << 32 | self._digest)
             self._digest = self._digested = 0
         return result, self._events
 
@@ -327,7 +328,7 @@ class QueueState:
 
     def _tell(self, type: E, row_id: str, kind: str, **fields: Any) -> None:
         self._events.append(Event(type, self.now_ms, {"job": row_id, "kind": kind, **fields}))
-        self._digest = crc32(f"{type} {row_id} {fields.get('attempt')}".encode(), self._digest)
+        self._digest = crc32(f"{type} {row_id} {kind} {fields}".encode(errors="backslashreplace"), self._digest)
 
     def _row(self, job_id: str) -> _Row | None:
         row = self._run(self._q["job_row"], (job_id,)).fetchone()

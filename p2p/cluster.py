@@ -15,7 +15,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
@@ -80,7 +80,7 @@ class Callbacks(NamedTuple):
     on_office: Callable[[bool], Coroutine[Any, Any, None]]
     meta: Callable[[], dict[str, Any]]
     capabilities: Callable[[], dict[str, Any] | None]
-    alert: Callable[[str, str], None]  # a name and a sentence; told once
+    alert: Callable[[str, str], None]  # a name and a sentence, told once; without a sentence: it is over
     refused: Callable[[str], None]  # this node cannot be part of the cluster; a sentence
 
 
@@ -641,20 +641,16 @@ class Cluster:
                 self.driver.bid_farewell(voter)
 
     def _compare_states(self) -> None:
-        """Equal journals must have made equal queues (PROTOCOL §2.23). Nothing can be mended here, for nobody knows
-        which one is wrong; but that one of them is must not stay unknown."""
-        followers = [f for f in self.view().followers if f.voter in self.view().config.everyone]
-        other = [str(node_of(f.voter)) for f in followers if f.diverged]
-        if not other:
-            return
-        wrong = (
-            f"the queue of {', '.join(other)} differs" if len(other) < len(followers) else "all others' queues differ"
-        )
-        message = f"{wrong} from the one of {node_of(self.me)}, though their journals are equal: see the runbook"
+        """Equal journals must have made equal queues (PROTOCOL §2.23). Nothing is mended here, but that one of them is
+        wrong must not stay unknown."""
+        config = self.view().config
+        copies = {node_of(f.voter): f.agrees for f in self.view().followers if f.voter in config.everyone}
+        message = said_of_queues(node_of(self.me), copies)
         if message != self._said_diverged:
             self._said_diverged = message
-            log.critical(message)
-        self._callbacks.alert("diverged", message)
+            if message:
+                log.critical(message)
+            self._callbacks.alert("diverged", message)
 
     async def _gave_way(self) -> bool:
         """A leader that nobody can dial serves nobody but itself: it brings the others up to date, and hands over."""
@@ -765,7 +761,7 @@ class Cluster:
                     "ready": f.ready,
                     "priority": f.priority,
                     "lost_entries": f.regressed,
-                    "diverged": f.diverged,
+                    "diverged": f.agrees is False,
                 }
             return told
 
@@ -914,10 +910,10 @@ class Cluster:
         return self._known(node).via
 
     def way_to(self, node: NodeId) -> tuple[str | None, tuple[str, ...]]:
-        """How a node is asked over HTTP: (its address, or None) and the addresses of members to which it holds a
+        """How a node is asked over HTTP: (its address, or None) and the addresses of other members to which it holds a
         tunnel, if it cannot be dialled. Raises Refused (404)."""
         member = self._known(node)
-        anchors = [self.address_of(anchor) for anchor in member.via]
+        anchors = [self.address_of(anchor) for anchor in member.via if anchor != node_of(self.me)]
         return member.address, tuple(address for address in anchors if address is not None)
 
 
@@ -950,6 +946,21 @@ class AddressBook:
             unfinished = self._path.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(known), encoding="utf-8")
             unfinished.replace(self._path)
+
+
+def said_of_queues(me: NodeId, copies: Mapping[NodeId, bool | None]) -> str:
+    """Which copies of the queue differ from the leader's, and which of them must be wrong, if that can be known: only
+    where more than half of all copies are known to agree. Empty if none differs."""
+    other = sorted(node for node, agrees in copies.items() if agrees is False)
+    same = sorted([me, *(node for node, agrees in copies.items() if agrees)])
+    unknown = sorted(node for node, agrees in copies.items() if agrees is None)
+    if not other:
+        return ""
+    told = f"the queue of {', '.join(other)} differs from that of {', '.join(same)}, though the journals are equal"
+    if 2 * len(same) > len(copies) + 1:
+        return f"{told}: {', '.join(other)} went wrong"
+    wait = f"; {', '.join(unknown)} cannot be compared yet" if unknown else ""
+    return f"{told}: it is not known which one went wrong{wait}"
 
 
 def _state_of(voter: VoterId, member: Member | None) -> str:

@@ -110,7 +110,7 @@ class Progresses(NamedTuple):
     priority: int
     ready: bool
     regressed: bool
-    diverged: bool
+    agrees: bool | None
 
 
 class View(NamedTuple):
@@ -714,7 +714,7 @@ def _seen(p: Progress, now: float) -> Progresses:
         p.priority,
         p.ready,
         p.regressed,
-        p.diverged,
+        p.agrees,
     )
 
 

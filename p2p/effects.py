@@ -102,10 +102,15 @@ class Fetch:
 
 
 class Mark(NamedTuple):
-    """A digest of the state machine as it was at `index`. Voters' are equal, or one of them has gone wrong."""
+    """A digest of what the entries up to `index` did to the state machine, from the mark before it on. Voters' are
+    equal, or one of them has gone wrong; unless they were made by other rules, which the digest's upper half names."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     digest: int
+
+    @property
+    def rules(self) -> int:
+        return self.digest >> 32
 
 
 NO_MARK = Mark(0, 0)

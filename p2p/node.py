@@ -438,6 +438,9 @@ class Node:
                     raise ToldToStop from None
 
     def _alert(self, name: str, message: str) -> None:
+        if not message:
+            self._alerts.clear_alert(name, self.clock.now_ms())
+            return
         self._alerts.raise_alert(name, message, self.clock.now_ms(), severity="critical")
 
     def _cannot_go_on(self, why: str) -> None:

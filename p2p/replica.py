@@ -40,7 +40,7 @@ from p2p.election.rank import Timers, order
 from p2p.ids import Index, Term, VoterId
 from p2p.journal.core import Conflict, JournalCore
 from p2p.journal.log import LogStart
-from p2p.journal.progress import BATCH_BYTES, BATCH_ENTRIES, REPLICATE, SNAPSHOT, Progress
+from p2p.journal.progress import BATCH_BYTES, BATCH_ENTRIES, SNAPSHOT, Progress
 from p2p.messages import (
     Append,
     AppendReply,
@@ -169,7 +169,8 @@ class SetFitness:
 @dataclass(frozen=True, slots=True)
 class Farewell:
     """`voter` is there and has a log, and does not know yet that it was removed (it was down, perhaps): a leader tells
-    it by what it tells every follower, for a while. Changes nothing where it belongs to the configuration."""
+    it by what it tells every follower, for a while. Changes nothing where it belongs to the configuration. If that
+    voter has stood in a later term, its refusal ends this one, once: it can only be told in a term it accepts."""
 
     voter: VoterId
 
@@ -308,7 +309,9 @@ class Replica:
         """Decides; the effects are to be carried out in order. Raises NotLeader or ConfigRefused for orders that
         cannot be carried out; nothing has changed then but what the time alone has changed, and its effects come with
         the next step."""
-        self._keep_seat(now)
+        # An answer that lay here is proof of the moment it came: what it says is heard before the seat is given up.
+        lay = event.came if isinstance(event, Received) else None
+        self._keep_seat(now if lay is None else lay)
         match event:
             case Received(sender, AppendReply() as reply, came):
                 self._on_append_reply(sender, reply, now, came)
@@ -387,9 +390,9 @@ class Replica:
     def calm(self) -> bool:
         """Leads, and all have everything: no agreeing answer of a follower moves anything before the next heartbeat."""
         seat, last = self._seat, self.journal.last_index
-        if seat is None or not seat.established or seat.reads or seat.handover is not None:
+        if seat is None or seat.reads or seat.handover is not None:
             return False
-        return all(p.match == last and p.state == REPLICATE and not p.regressed for p in seat.progress.values())
+        return all(p.match == last for p in seat.progress.values())
 
     @property
     def transferring(self) -> bool:
@@ -788,12 +791,10 @@ class Replica:
 
     def _bid_farewell(self, voter: VoterId, now: float) -> None:
         seat = self._seat
-        if seat is None or voter in self.config.everyone or voter in seat.progress:
+        if seat is None or voter in (*self.config.everyone, *seat.progress, self.me):
             return
-        p = seat.progress[voter] = self._new_progress(voter, now)
+        p = seat.progress[voter] = self._new_progress(voter, now)  # the next beat speaks to it
         p.leaving_at = now + FAREWELL_SECONDS
-        self._send_heartbeat(p, (), now)
-        self._replicate(p, now)
 
     def _next_round(self, now: float) -> int:
         """Rounds are numbered by the time they were sent at, in microseconds, so that an answer tells it."""
@@ -941,8 +942,7 @@ class Replica:
         if seat is None or p is None or reply.round > self._round:
             return
         self._note_contact(p, reply, now, now if came is None else came)
-        if any(mine.index == reply.mark_index and mine.digest != reply.digest for mine in self.marks):
-            p.diverged = True
+        self._compare(p, Mark(reply.mark_index, reply.digest))
         if reply.last_index < p.match and reply.round > p.match_round:
             p.regressed = True
         if p.regressed:
@@ -953,6 +953,12 @@ class Replica:
             self._on_conflict(p, reply, now)
         self._serve_reads(now)
         self._continue_handover(p, now)
+
+    def _compare(self, p: Progress, mark: Mark) -> None:
+        """With this voter's own mark of the same entry, if it has one by the same rules."""
+        for mine in self.marks:
+            if mark.index and mine.index == mark.index and mine.rules == mark.rules:
+                p.agrees = mine.digest == mark.digest and p.agrees is not False
 
     def _note_contact(self, p: Progress, reply: AppendReply, now: float, came: float) -> None:
         """It is alive, as of the moment the round it answers was sent."""

@@ -42,7 +42,8 @@ async def relay(request: web.Request, node: str, path: str, *, hidden: bool = Fa
         if response is not None:
             return response
         # A tunnel that broke, or is held to other anchors from now on, is there again in a moment.
-        if not anchors or time.monotonic() > until or not listens(here, request):
+        held = address is None and here.cluster.anchors_of(node)
+        if not held or time.monotonic() > until or not listens(here, request):
             raise Problem(503, f"node {node[:80]} cannot be asked now: {why}", field="node")
         await asyncio.sleep(AGAIN_SECONDS)
 

@@ -46,7 +46,7 @@ class Progress:
     ready: bool = False
     refused_round: int = 0  # refusals of what was sent up to this round tell nothing that is not known
     regressed: bool = False  # it has lost what it had acknowledged: it must be replaced (PROTOCOL §2.10)
-    diverged: bool = False  # it has applied the same entries and holds another state (PROTOCOL §2.23)
+    agrees: bool | None = None  # whether the same entries did the same there (PROTOCOL §2.23); None: not compared yet
     leaving_at: float | None = None  # it was removed; it is told so until then
     round_target: Index = NOTHING  # catching up is measured in rounds (Ongaro §4.2.1)
     round_began: float = 0.0

@@ -41,7 +41,11 @@ class QueueMaintenanceLoop(Loop):
         super().__init__(IDLE_SECONDS)
         self._desk, self._policy = dispatcher, policy
         self._pruned_at = 0
-        dispatcher.on_backoff = self.poke
+        dispatcher.on_waiting = self._look_soon
+
+    def _look_soon(self) -> None:
+        if self.interval_seconds > WAITING_SECONDS:
+            self.poke()
 
     async def turn(self) -> None:
         self.interval_seconds = WAITING_SECONDS if self._desk.anything_waits else IDLE_SECONDS

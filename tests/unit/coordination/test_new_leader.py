@@ -161,9 +161,10 @@ async def test_the_step_of_a_clock_that_is_put_right_ends_no_job(desk: Desk) -> 
 
 async def test_a_job_that_begins_to_wait_for_its_time_is_told_of(desk: Desk) -> None:
     told: list[str] = []
-    desk.desk.on_backoff = lambda: told.append("backoff")
+    desk.desk.on_waiting = lambda: told.append("waits")
     assert not desk.desk.anything_waits
     await desk.desk.begin_term()
+    assert told.pop() == "waits"  # what waited before is a new leader's to wake
     failed = c.AttemptDone("a", 1, "w", False, None, "boom", 1, True, 0, "exit")
     desk.apply(c.Finish(T0, (failed,)))
     await asyncio.sleep(0)
@@ -173,7 +174,10 @@ async def test_a_job_that_begins_to_wait_for_its_time_is_told_of(desk: Desk) -> 
     desk.apply(c.Claim(T0, "w", (c.Pick(4, None),)))
     desk.apply(c.Finish(T0, (failed._replace(id="d"),)))
     await asyncio.sleep(0)
-    assert told == ["backoff"]
+    assert told == ["waits"]
     assert desk.desk.anything_waits
+    desk.apply(c.Submit(T0, (new_job("e"), new_job("f", not_before_ms=T0 + 60_000)), "", ""))
+    await asyncio.sleep(0)
+    assert told == ["waits"] * 2
     desk.desk.end_term()
     assert not desk.desk.anything_waits  # not this node's to wake

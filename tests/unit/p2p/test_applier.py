@@ -23,15 +23,20 @@ class Rig:
         self.machine = WatchedMachine(self.story)
         self.events: list[Any] = []
         self.applied: list[int] = []
+        self.marks: list[tuple[int, int]] = []
         self.fatal: list[str] = []
         self.died = threading.Event()
         self.applier = Applier(
             self.machine,
             on_events=self.events.extend,
-            applied=lambda index, mark: self.applied.append(index),
+            applied=self._applied,
             fatal=self._died,
             snapshots=snapshots,
         )
+
+    def _applied(self, index: int, mark: tuple[int, int]) -> None:
+        self.applied.append(index)
+        self.marks.append(mark)
 
     def _died(self, why: str) -> None:
         self.fatal.append(why)
@@ -61,6 +66,7 @@ def test_each_proposal_is_answered_once_applied_and_after_its_events(rig: Rig) -
     told: list[list[Any]] = []
     entries = [Entry(Index(n), Term(1), body, COMMAND) for n, body in ((1, b"a"), (2, b"b"))]
     futures: list[Future[Any] | None] = [Future(), None]  # nobody waits for the second
+    rig.machine.mark = (1024, 5)
     assert futures[0] is not None
     futures[0].add_done_callback(lambda done: told.append(list(rig.events)))
     rig.applier.apply(Batch(entries, futures))
@@ -68,6 +74,7 @@ def test_each_proposal_is_answered_once_applied_and_after_its_events(rig: Rig) -
     rig.settled()
     assert told == [[b"a", b"b"]]
     assert rig.applied == [2]
+    assert rig.marks == [(1024, 5)]
 
 
 def test_a_change_of_voters_is_only_counted_by_the_machine(rig: Rig) -> None:

@@ -170,7 +170,7 @@ class Here(Cluster):
             contact_age=0.0,
             round_seconds=0.0,
             regressed=False,
-            diverged=False,
+            agrees=None,
         )
         self.driver.view.followers = (*self.driver.view.followers, follower)
         if wish is not None:
@@ -477,22 +477,49 @@ async def test_only_a_voter_stands_for_election() -> None:
     assert (refused.value.status, stranger.driver.stood) == (409, 0)
 
 
-async def test_a_queue_that_differs_from_the_leaders_is_an_alert() -> None:
+async def test_a_queue_that_differs_from_the_leaders_is_an_alert_while_it_does() -> None:
     here = Here()
     here.role("leader", 2, A, established=True)
     await here.settled()
     b, c = here.heard("b"), here.heard("c")
-    stranger = here.heard("d")
-    stranger.diverged = True
+    here.heard("d").agrees = False  # does not belong
     await here._look_after()
     assert here.alerts == []
-    b.diverged = True
+    b.agrees, c.agrees = False, True
     await here._look_after()
-    assert here.alerts[-1][0] == "diverged"
-    assert "the queue of b differs from the one of a" in here.alerts[-1][1]
-    c.diverged = True
     await here._look_after()
-    assert "all others' queues differ from the one of a" in here.alerts[-1][1]
+    told = "the queue of b differs from that of a, c, though the journals are equal: b went wrong"
+    assert here.alerts == [("diverged", told)]
+    b.agrees = None  # a voter came back with a copy
+    await here._look_after()
+    assert here.alerts[1:] == [("diverged", "")]
+
+
+@pytest.mark.parametrize(
+    ("copies", "said"),
+    [
+        ({"b": None, "c": None}, ""),
+        ({"b": True}, ""),
+        ({"b": False}, "the queue of b differs from that of a, though the journals are equal: it is not known which"),
+        ({"b": False, "c": None}, "it is not known which one went wrong; c cannot be compared yet"),
+        (
+            {"b": False, "c": False},
+            "the queue of b, c differs from that of a, though the journals are equal: it is not",
+        ),
+        (
+            {"b": False, "c": True},
+            "the queue of b differs from that of a, c, though the journals are equal: b went wrong",
+        ),
+        ({"b": False, "c": True, "d": None}, "it is not known which one went wrong; d cannot be compared yet"),
+        ({"b": False, "c": True, "d": True, "e": None}, "b went wrong"),
+    ],
+)
+def test_nobody_is_called_wrong_but_by_more_than_half_of_the_copies(
+    copies: dict[NodeId, bool | None], said: str
+) -> None:
+    told = module.said_of_queues(NodeId("a"), copies)
+    assert said in told
+    assert bool(told) == bool(said)
 
 
 async def test_who_has_a_copy_and_does_not_belong_is_told_by_who_leads() -> None:

@@ -195,7 +195,7 @@ async def test_an_anchor_without_the_tunnel_is_not_the_last_word(led: Boxes) -> 
 async def test_a_tunnel_that_is_back_in_a_moment_is_waited_for(led: Boxes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "AGAIN_SECONDS", 0.001)
     job = await job_on_c(led)
-    led.b.cluster.ways = {"c": (None, (led.a.address,))}
+    led.b.cluster.ways, led.b.cluster.anchors = {"c": (None, (led.a.address,))}, {"c": ("a",)}
     led.a.cluster.tunnel = ReturningTunnel(absent=3)
     assert (await led.b.ask("GET", f"/jobs/{job}/logs")).body == b"x"
     led.a.cluster.tunnel = FakeTunnel(begin=NoTunnel("none"))

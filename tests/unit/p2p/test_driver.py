@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,8 @@ import pytest
 from p2p.driver import MAX_BATCH_ENTRIES, MAX_UNAPPLIED_BATCHES, NotLeader, Overloaded, Stopped
 from p2p.effects import Config
 from p2p.ids import Index, Term, VoterId
-from p2p.messages import Append, AppendReply
+from p2p.messages import Append, AppendReply, Message
+from p2p.replica import Received
 from tests.nodes import wait_until
 from tests.unit.p2p.driving import SECONDS, Rig, WatchedMachine, in_thread
 
@@ -359,33 +360,70 @@ class CountingCondition(threading.Condition):
         super().notify(n)
 
 
-def test_answers_to_heartbeats_wake_nobody_while_all_have_everything(make: Callable[..., Rig]) -> None:
-    """But a refusal does, and so does the answer that a read waits for; none is lost."""
+def calm_leader(make: Callable[..., Rig], wake: CountingCondition) -> tuple[Rig, Append, list[tuple[int, bool]]]:
+    """Of one voter, with a learner that has everything; it says no heartbeat by itself. Its newest heartbeat, and for
+    each batch of entries it sent: how many, and whether it was calm when it did."""
     beats: queue.SimpleQueue[Append] = queue.SimpleQueue()
-    rig = make(send=lambda messages: [beats.put(m) for _, m in messages if isinstance(m, Append)])
+    batches: list[tuple[int, bool]] = []
+
+    def send(messages: Sequence[tuple[VoterId, Message]]) -> None:
+        for _, message in messages:
+            assert isinstance(message, Append)
+            if message.entries:
+                batches.append((len(message.entries), rig.driver._calm))
+            beats.put(message)
+
+    rig = make(send=send)
     rig.replica.timers = replace(rig.replica.timers, heartbeat=3600.0)
-    wake = rig.driver._wake = CountingCondition()
+    rig.driver._wake = wake
     rig.start()
-    learner = VoterId("n2@d")
-    rig.driver.reconfigure(Config((rig.replica.me,), (learner,))).result(SECONDS)
-
-    def answer(beat: Append, *, ok: bool = True) -> None:
-        match = Index(beat.prev_index + len(beat.entries))
-        reply = AppendReply(beat.term, ok, match, Term(0), Index(0), match, beat.round, 0, True)
-        rig.driver.receive(learner, reply)
-
+    rig.driver.reconfigure(Config((rig.replica.me,), (LEARNER,))).result(SECONDS)
     while not rig.driver._calm:
         beat = beats.get(timeout=SECONDS)
-        answer(beat)
+        rig.driver.receive(LEARNER, answer_to(beat))
         wait_until(lambda: rig.driver._calm or not beats.empty())
-    before = wake.notified
-    for _ in range(5):
-        answer(beat)
-    assert wake.notified == before
-    answer(beat, ok=False)
-    assert wake.notified == before + 1
-    last = rig.replica.journal.last_index
-    wait_until(lambda: not rig.driver._inbox and rig.replica.progress[learner].match == last)
+    return rig, beat, batches
+
+
+LEARNER = VoterId("n2@d")
+
+
+def answer_to(beat: Append, *, ok: bool = True) -> AppendReply:
+    match = Index(beat.prev_index + len(beat.entries))
+    return AppendReply(beat.term, ok, match, Term(0), Index(0), match, beat.round, 0, True)
+
+
+def test_answers_to_heartbeats_wake_nobody_while_all_have_everything(make: Callable[..., Rig]) -> None:
+    """But a refusal does. None is lost, and none looks slow for having waited."""
+    wake = CountingCondition()
+    rig, beat, _ = calm_leader(make, wake)
+    p = rig.replica.progress[LEARNER]
+    known = len(p.answers)
+    with wake:  # the replica's thread takes nothing meanwhile
+        before = wake.notified
+        for _ in range(5):
+            rig.driver.receive(LEARNER, answer_to(beat))
+        assert wake.notified == before
+        lain = list(rig.driver._inbox)[-5:]
+        assert all(isinstance(event, Received) and event.came is not None for event in lain)
+        rig.driver.receive(LEARNER, answer_to(beat, ok=False))
+        assert wake.notified == before + 1
+    wait_until(lambda: len(p.answers) == known + 6)
+
+
+def test_a_leader_is_not_calm_when_it_sends_what_must_be_answered(make: Callable[..., Rig]) -> None:
+    """The answer may be here before the turn in which it was sent is over."""
+    rig, _, batches = calm_leader(make, CountingCondition())
+    batches.clear()
+    rig.propose(b"x").result(SECONDS)
+    wait_until(lambda: batches)
+    assert batches == [(1, False)]
+
+
+def test_a_mark_of_the_machine_is_told_to_the_replica(rig: Rig) -> None:
+    rig.machine.mark = (1024, 7)
+    rig.proposed(b"x")
+    wait_until(lambda: rig.replica.marks[-1] == (1024, 7))
 
 
 def test_the_floor_is_written_when_the_journal_falls_idle(rig: Rig) -> None:

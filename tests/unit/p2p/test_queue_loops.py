@@ -11,7 +11,7 @@ from p2p.loops.queue_loops import IDLE_SECONDS, WAITING_SECONDS, QueueMaintenanc
 
 class FakeDesk:
     leads, anything_waits = True, False
-    on_backoff: Callable[[], None]
+    on_waiting: Callable[[], None]
 
     def __init__(self) -> None:
         self.looks = 0
@@ -35,10 +35,13 @@ async def test_it_looks_often_only_while_somebody_waits() -> None:
     loop = QueueMaintenanceLoop(desk, QueueSettings())  # type: ignore[arg-type]
     await loop.run_once()
     assert loop.interval_seconds == IDLE_SECONDS
-    desk.on_backoff()
+    desk.on_waiting()
     assert loop._poke.is_set()  # whoever failed a moment ago may be due before the next look
+    loop._poke.clear()
     desk.anything_waits = True
     await loop.run_once()
+    desk.on_waiting()
+    assert not loop._poke.is_set()  # it looks soon anyway; a thousand failures are not a thousand looks
     assert loop.interval_seconds == WAITING_SECONDS
     assert loop.stats == {"jobs_woken": 6, "workers_forgotten": 1, "jobs_pruned": 2}
     desk.anything_waits = False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from p2p.effects import Effect, Entry, Fetch, Mark, ReadReady
+from p2p.effects import NO_MARK, Effect, Entry, Fetch, Mark, ReadReady
 from p2p.ids import Index, Term
 from p2p.journal.progress import BATCH_BYTES, BATCH_ENTRIES, PROBE, REPLICATE, SNAPSHOT
 from p2p.messages import Append, AppendReply, BadMessage, decode, encode
-from p2p.replica import MARKS, Applied, Fetched, Propose, Read, Received, Tick, Transfer, Unreachable
+from p2p.replica import FOLLOWER, LEADER, MARKS, Applied, Fetched, Propose, Read, Received, Tick, Transfer, Unreachable
 from tests.unit.p2p.interaction import Cluster, voter
 
 
@@ -211,17 +211,19 @@ def test_a_follower_whose_state_differs_at_the_same_entry_is_noticed() -> None:
     newest = 1024 * (MARKS + 2)
     assert len(leader.marks) == MARKS
 
-    def told(name: str, mark: Mark) -> bool:
+    def told(name: str, mark: Mark) -> bool | None:
         reply = leader_reply(cluster, name)._replace(mark_index=mark.index, digest=mark.digest)
         cluster.step("n3", Received(voter(name), reply))
-        return leader.progress[voter(name)].diverged
+        return leader.progress[voter(name)].agrees
 
-    assert not told("n1", Mark(newest, newest + 7))
-    assert not told("n1", Mark(newest + 1024, 5))  # the leader is not there yet
-    assert not told("n1", Mark(1024, 5))  # forgotten
-    assert told("n1", Mark(newest - 1024, 5))
-    assert told("n1", Mark(newest, newest + 7))  # it stays so
-    assert not leader.progress[voter("n2")].diverged
+    assert told("n1", NO_MARK) is None
+    assert told("n1", Mark(newest + 1024, 5)) is None  # the leader is not there yet
+    assert told("n1", Mark(1024, 5)) is None  # forgotten
+    assert told("n1", Mark(newest, 1 << 32 | 5)) is None  # made by other rules
+    assert told("n1", Mark(newest, newest + 7)) is True
+    assert told("n1", Mark(newest - 1024, 5)) is False
+    assert told("n1", Mark(newest, newest + 7)) is False  # it stays so
+    assert leader.progress[voter("n2")].agrees is None
 
 
 def test_a_voter_tells_its_newest_mark() -> None:
@@ -240,6 +242,11 @@ def leader_reply(cluster: Cluster, name: str) -> AppendReply:
     cluster.run_to(cluster.now + 0.05)
     cluster.now += 0.1
     cluster.tick("n3")
+    return leader_answers(cluster, name)
+
+
+def leader_answers(cluster: Cluster, name: str) -> AppendReply:
+    """The same, to the heartbeat that is on the wire."""
     cluster.deliver("n3", name)
     reply = cluster.wire[name, "n3"].pop()
     assert isinstance(reply, AppendReply)
@@ -270,6 +277,29 @@ def test_a_leader_is_calm_when_no_answer_can_move_anything() -> None:
     cluster.stabilize()
     assert leader.journal.commit_index == leader.journal.last_index
     assert not leader.calm  # n1 is to be brought up to date
+
+
+def test_an_answer_that_lay_here_while_the_leader_was_held_up_keeps_it_in_its_seat() -> None:
+    """Nothing reads the answers to a calm leader's beat before the next one. If that comes late, what lies there tells
+    that a majority was there a heartbeat later than what was known before (PROTOCOL §2.15)."""
+    cluster = Cluster(3)
+    cluster.elect("n3")
+    cluster.run_to(cluster.now + 0.3)
+    leader = cluster.nodes["n3"].replica
+    cluster.now = leader.next_deadline() or 0
+    cluster.tick("n3")
+    known, beaten = max(p.contact for p in leader.progress.values()), cluster.now
+    answers = [(name, leader_answers(cluster, name)) for name in ("n1", "n2")]
+    cluster.now = known + leader.election.timeout + 0.01
+    assert cluster.now < beaten + leader.election.timeout
+    for name, answer in answers:
+        cluster.step("n3", Received(voter(name), answer, beaten + 0.002))
+    cluster.tick("n3")
+    assert leader.role == LEADER
+    cluster.now = beaten + leader.election.timeout + 0.01
+    cluster.step("n3", Received(voter("n1"), answers[0][1], beaten + 0.002))
+    cluster.tick("n3")
+    assert leader.role == FOLLOWER  # old answers are worth no more than they were
 
 
 def test_a_leader_that_hands_its_seat_over_is_not_calm() -> None:
