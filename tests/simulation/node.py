@@ -4,7 +4,9 @@ answer, catch up) in a form that can be stopped between any two events. What onl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from p2p.effects import (
@@ -23,6 +25,7 @@ from p2p.effects import (
 )
 from p2p.election.rank import Timers
 from p2p.ids import Index, NodeId, Term, VoterId, voter_id
+from p2p.messages import AppendReply
 from p2p.replica import (
     Applied,
     Compacted,
@@ -34,6 +37,7 @@ from p2p.replica import (
     Persisted,
     Propose,
     Read,
+    Received,
     Replica,
     ReplicaEvent,
     SetFitness,
@@ -138,6 +142,7 @@ class Node:
             priority=self.priority,
         )
         self.waiting: list[Request] = []
+        self._lain: deque[Received] = deque()
         self.writing = 0  # the number of the write that holds the newest proposals
         self.unanswered: dict[int, tuple[Term, Request]] = {}
         self.reads: dict[int, Request] = {}
@@ -167,6 +172,7 @@ class Node:
             self.machine = self.kept.copy()
         self.up = self.frozen = False
         self._inbox = []
+        self._lain.clear()
         self.world.note(self.name, f"{'loses power' if power else 'is killed'}, {keep} of {pending} writes survive")
 
     def freeze(self) -> None:
@@ -253,7 +259,17 @@ class Node:
     # -- the four duties -----------------------------------------------------------------------------------------
 
     def step(self, event: ReplicaEvent) -> None:
-        """Lets NotLeader and ConfigRefused through."""
+        """As `p2p.driver` does: agreeing answers to a calm leader lie until something else is due, and are heard before
+        that. Lets NotLeader and ConfigRefused through."""
+        if type(event) is Received and type(event.message) is AppendReply and event.message.ok and self.replica.calm:
+            self._lain.append(replace(event, came=self.clock()))
+            return
+        while self._lain:
+            self._step(self._lain.popleft())
+        if self.up:
+            self._step(event)
+
+    def _step(self, event: ReplicaEvent) -> None:
         replica, watch = self.replica, self.watch
         journal = replica.journal
         seen = watch.before(self, event)
