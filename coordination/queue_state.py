@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 from zlib import crc32
 
 import apsw
+import msgpack
 
 from coordination import commands as c
 from coordination.errors import Refused
@@ -328,7 +329,8 @@ class QueueState:
 
     def _tell(self, type: E, row_id: str, kind: str, **fields: Any) -> None:
         self._events.append(Event(type, self.now_ms, {"job": row_id, "kind": kind, **fields}))
-        self._digest = crc32(f"{type} {row_id} {kind} {fields}".encode(errors="backslashreplace"), self._digest)
+        told = msgpack.packb((type, row_id, kind, fields), unicode_errors="surrogatepass")
+        self._digest = crc32(told, self._digest)
 
     def _row(self, job_id: str) -> _Row | None:
         row = self._run(self._q["job_row"], (job_id,)).fetchone()
