@@ -82,12 +82,11 @@ async def test_a_restarted_node_is_one_member_with_a_new_boot_id(cluster: Cluste
     )
 
 
-async def test_a_new_leader_is_known_everywhere_in_well_under_a_second(cluster: Cluster) -> None:
+async def test_a_new_leader_is_known_everywhere(cluster: Cluster) -> None:
+    """How soon is for `bench.gossip` to say."""
     peers = await five(cluster)
-    began = asyncio.get_running_loop().time()
     peers[1].gossip.set_leader(7, NodeId("n2"), peers[1].address)
     await cluster.until(lambda: all(peer.gossip.leader_hint.leader == "n2" for peer in peers))
-    assert asyncio.get_running_loop().time() - began < 1.0
     peers[2].gossip.set_leader(6, NodeId("n3"), None)
     assert peers[2].gossip.leader_hint.leader == "n2", "an older term is no news"
 
