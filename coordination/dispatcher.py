@@ -511,7 +511,9 @@ class Dispatcher:
                     self.leases.drop(fields["job"], tell=told)
                     if fields.get("backoff_seconds"):
                         self.on_waiting()
-                    wake = wake or told or not fields.get("backoff_seconds")
+                        wake = wake or told
+                    else:
+                        wake = True
                 case E.WORK_CANCELLED | E.WORK_RELEASED:
                     self.leases.drop(fields["job"], tell=True)
                     wake = True

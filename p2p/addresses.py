@@ -31,15 +31,14 @@ class AddressBook:
         return here.items() <= self.addresses.items()
 
     def note(self, here: dict[NodeId, str]) -> None:
-        """Remembers who is there now, beside those that may come back. Blocks."""
+        """Remembers who is there now, beside those that may come back: for what it does not know yet. Blocks."""
         known = {**self.addresses, **here}
         for node in [node for node in known if node not in here][: max(len(known) - self.KEPT, 0)]:
             del known[node]
-        if known != self.addresses:
-            self.addresses = known
-            unfinished = self._path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(known), encoding="utf-8")
-            unfinished.replace(self._path)
+        self.addresses = known
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(known), encoding="utf-8")
+        unfinished.replace(self._path)
 
 
 def own_address(settings: Settings, port: int) -> str | None:

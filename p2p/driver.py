@@ -48,7 +48,7 @@ from p2p.effects import (
 from p2p.ids import ClusterId, Index, Term, VoterId
 from p2p.journal import snapshot
 from p2p.journal.progress import Progress
-from p2p.messages import AppendReply, Message
+from p2p.messages import Message
 from p2p.replica import (
     Applied,
     Compacted,
@@ -70,6 +70,7 @@ from p2p.replica import (
     Tick,
     Transfer,
     Unreachable,
+    moves_nothing,
 )
 from p2p.storage import LogStore
 from p2p.writer import Writer
@@ -290,7 +291,7 @@ class Driver:
                 self.messages_dropped += 1
                 return
             self._messages += 1
-            if self._calm and isinstance(message, AppendReply) and message.ok:
+            if self._calm and moves_nothing(message):
                 self._inbox.append(Received(sender, message, self._clock()))  # the next heartbeat is soon enough
                 return
             self._inbox.append(Received(sender, message))

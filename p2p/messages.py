@@ -136,7 +136,7 @@ def decode(raw: bytes) -> Message:
     return message
 
 
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+_FIELD_TYPES: dict[str, type] = {
     "term": int, "next_term": int, "last_index": int, "last_term": int, "priority": int, "granted": bool,
     "reason": str, "transfer": bool, "prev_index": int, "prev_term": int, "entries": tuple, "commit": int,
     "round": int, "heirs": tuple, "timeout_ms": int, "ok": bool, "match": int, "conflict_term": int,
@@ -145,8 +145,6 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 _MAY_BE_NEGATIVE = frozenset({"priority"})
 LARGEST = 1 << 62  # the stores keep numbers in 64 bits with a sign
-
-
 _EXACT = {kind: tuple(_FIELD_TYPES[name] for name in kind._fields) for kind in _TYPES.values()}
 _NUMBERS = {
     kind: tuple(

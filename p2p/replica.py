@@ -258,6 +258,11 @@ class _Seat:
     answered: float = float("-inf")  # a round sent then, at the least, was answered by a majority of these voters
 
 
+def moves_nothing(message: Message) -> bool:
+    """Whether a `Replica.calm` leader may let this lie until its next heartbeat."""
+    return isinstance(message, AppendReply) and message.ok
+
+
 class Replica:
     """One voter (or learner, or a store that is neither yet). `step` is the only way to change it."""
 
@@ -310,10 +315,10 @@ class Replica:
         cannot be carried out; nothing has changed then but what the time alone has changed, and its effects come with
         the next step."""
         # An answer that lay here is proof of the moment it came: what it says is heard before the seat is given up.
-        lay = event.came if isinstance(event, Received) else None
-        self._keep_seat(now if lay is None else lay)
+        came = event.came if isinstance(event, Received) and event.came is not None else now
+        self._keep_seat(came)
         match event:
-            case Received(sender, AppendReply() as reply, came):
+            case Received(sender, AppendReply() as reply):
                 self._on_append_reply(sender, reply, now, came)
             case Received(sender, message):
                 self._on_message(sender, message, now)
@@ -933,7 +938,7 @@ class Replica:
 
     # -- leading: counting -------------------------------------------------------------------------------------
 
-    def _on_append_reply(self, sender: VoterId, reply: AppendReply, now: float, came: float | None) -> None:
+    def _on_append_reply(self, sender: VoterId, reply: AppendReply, now: float, came: float) -> None:
         if reply.term > self.term:
             self._follow(reply.term, None, now, "a later term exists")
             return
@@ -941,7 +946,7 @@ class Replica:
         p = seat.progress.get(sender) if seat is not None and reply.term == self.term else None
         if seat is None or p is None or reply.round > self._round:
             return
-        self._note_contact(p, reply, now, now if came is None else came)
+        self._note_contact(p, reply, now, came)
         self._compare(p, Mark(reply.mark_index, reply.digest))
         if reply.last_index < p.match and reply.round > p.match_round:
             p.regressed = True

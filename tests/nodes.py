@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import yaml
@@ -162,6 +162,12 @@ class NodeProcess:
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
+    def voters(self) -> dict[str, dict[str, Any]]:
+        """``/admin/voters`` by node id."""
+        status, told = self.request("GET", "/admin/voters")
+        assert status == 200, told
+        return {row["node"]: row for row in told["voters"]}
+
     def destroy(self) -> None:
         """Ends the orchestrator, its runner and every job, whatever state they are in."""
         destroy([self])
@@ -301,6 +307,12 @@ class ClusterProcesses:
         peers = self.peers()
         for node in self.nodes.values():
             node.flags += ["--peers", peers]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
 
     def make(self, name: str, *flags: str, settings: Mapping[str, Any] | None = None, **more: Any) -> NodeProcess:
         """One more node, not started, told of nobody yet."""

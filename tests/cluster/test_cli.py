@@ -250,8 +250,7 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:
 
 
 def test_the_last_voter_goes_on_as_a_new_cluster_with_everything_that_it_had(tmp_path: Path) -> None:
-    cluster = ClusterProcesses(tmp_path, 3)
-    try:
+    with ClusterProcesses(tmp_path, 3) as cluster:
         cluster.start(voters=3)
         for n, node in enumerate(cluster.all * 4):
             job = node.submit(command=["true"], priority=n)
@@ -304,14 +303,11 @@ def test_the_last_voter_goes_on_as_a_new_cluster_with_everything_that_it_had(tmp
         assert {node.status()["cluster_id"] for node in cluster.all} == {told["cluster"]}
         last.kill()
         assert cluster.leader(other_than=last).submit(command=["true"])
-    finally:
-        cluster.destroy()
 
 
 def test_there_is_nothing_to_recover_where_nothing_was_kept(tmp_path: Path) -> None:
     p2pctl("recover", "--data-dir", tmp_path).refused(USAGE, "there is no journal")
-    cluster = ClusterProcesses(tmp_path, 2, each={"n2": ["--no-voter"]})
-    try:
+    with ClusterProcesses(tmp_path, 2, each={"n2": ["--no-voter"]}) as cluster:
         cluster.start(voters=1)
         for node in cluster.all:
             node.kill(signal.SIGTERM)
@@ -324,5 +320,3 @@ def test_there_is_nothing_to_recover_where_nothing_was_kept(tmp_path: Path) -> N
         cluster["n1"].start(wait=False)
         assert cluster["n1"].process is not None
         assert cluster["n1"].process.wait(30) == 1
-    finally:
-        cluster.destroy()

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -55,12 +54,9 @@ def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
 @pytest.fixture(scope="module")
 def cluster(mounted: tuple[Path, str]) -> Iterator[ClusterProcesses]:
     """Four nodes, of which three vote."""
-    cluster = ClusterProcesses(mounted[0], 4, settings=SETTINGS, each={SMALL: ["--voter"]})
-    try:
+    with ClusterProcesses(mounted[0], 4, settings=SETTINGS, each={SMALL: ["--voter"]}) as cluster:
         cluster.start(voters=3)
         yield cluster
-    finally:
-        cluster.destroy()
 
 
 @pytest.fixture(autouse=True)
@@ -75,22 +71,15 @@ def small(cluster: ClusterProcesses, mounted: tuple[Path, str]) -> NodeProcess:
     if mounted[1]:
         pytest.skip(f"needs a file system of its own: {mounted[1]}")
     node = cluster[SMALL]
-    wait_until(lambda: SMALL in voters(node))
+    wait_until(lambda: SMALL in node.voters())
     status, told = node.request("POST", "/admin/leadership/transfer", {"to": SMALL})
     assert status == 200, told
     return node
 
 
-def voters(node: NodeProcess) -> dict[str, dict[str, Any]]:
-    """``/admin/voters`` by node id."""
-    status, told = node.request("GET", "/admin/voters")
-    assert status == 200, told
-    return {row["node"]: row for row in told["voters"]}
-
-
 def a_follower(cluster: ClusterProcesses) -> NodeProcess:
     """A voter that does not lead, on an ordinary disk."""
-    voting = voters(cluster.leader())
+    voting = cluster.leader().voters()
     return next(node for node in cluster.followers() if node.node_id in voting and node.node_id != SMALL)
 
 
@@ -153,7 +142,7 @@ def test_a_leader_whose_disk_hangs_is_replaced(cluster: ClusterProcesses, small:
 
 def test_a_voter_that_lost_its_disk_is_another_voter(cluster: ClusterProcesses) -> None:
     lost = a_follower(cluster)
-    old = voters(cluster["n1"])[lost.node_id]["disk"]
+    old = cluster["n1"].voters()[lost.node_id]["disk"]
     with Clients([node for node in cluster.all if node is not lost], seed=3) as clients:
         clients.wait_acks()
         lost.kill()
@@ -161,17 +150,17 @@ def test_a_voter_that_lost_its_disk_is_another_voter(cluster: ClusterProcesses) 
         lost.start(wait=False)
         other = cluster.leader()
         # Whoever takes the place, the old disk's vote is gone.
-        wait_until(lambda: old not in [row["disk"] for row in voters(other).values()], seconds=30)
+        wait_until(lambda: old not in [row["disk"] for row in other.voters().values()], seconds=30)
         cluster.wait_voters(3, seconds=30)
         clients.wait_acks()
-    assert all(row["disk"] != old for row in voters(other).values())
+    assert all(row["disk"] != old for row in other.voters().values())
     assert lost.request("GET", "/ready")[0] == 200
     check(clients, cluster)
 
 
 def test_a_copied_data_directory_is_refused_unless_adopted(cluster: ClusterProcesses, tmp_path: Path) -> None:
     original = a_follower(cluster)
-    old = voters(cluster["n1"])[original.node_id]["disk"]
+    old = cluster["n1"].voters()[original.node_id]["disk"]
     original.kill()
     copy = cluster.folder / "copied"
     shutil.copytree(original.data, copy)
@@ -184,7 +173,7 @@ def test_a_copied_data_directory_is_refused_unless_adopted(cluster: ClusterProce
     original.flags.append("--adopt")
     original.start(wait=False)
     other = cluster.leader()
-    wait_until(lambda: old not in [row["disk"] for row in voters(other).values()], seconds=30)
+    wait_until(lambda: old not in [row["disk"] for row in other.voters().values()], seconds=30)
     cluster.wait_voters(3, seconds=30)
     original.flags.remove("--adopt")
     assert mine.exists()
@@ -220,8 +209,8 @@ def test_a_voter_whose_queue_went_wrong_is_noticed(cluster: ClusterProcesses) ->
     odd.start()
     leader = cluster.leader()
     with Clients([node for node in cluster.all if node is not odd], seed=5, submitters=6) as clients:
-        wait_until(lambda: voters(leader)[odd.node_id].get("diverged"), seconds=60)
-    assert [name for name, row in voters(leader).items() if row.get("diverged")] == [odd.node_id]
+        wait_until(lambda: leader.voters()[odd.node_id].get("diverged"), seconds=60)
+    assert [name for name, row in leader.voters().items() if row.get("diverged")] == [odd.node_id]
 
     def alerted() -> str:
         alerts = leader.request("GET", "/work_queue_status")[1]["alerts"]
@@ -232,7 +221,7 @@ def test_a_voter_whose_queue_went_wrong_is_noticed(cluster: ClusterProcesses) ->
     odd.kill()  # what the runbook says
     shutil.rmtree(odd.data)
     odd.start(wait=False)
-    wait_until(lambda: not any(row.get("diverged") for row in voters(leader).values()), seconds=30)
+    wait_until(lambda: not any(row.get("diverged") for row in leader.voters().values()), seconds=30)
     wait_until(lambda: not alerted())
     cluster.wait_voters(3, seconds=30)
     check(clients, cluster)
@@ -244,7 +233,7 @@ def snapshot_index(node: NodeProcess) -> int:
 
 
 def behind_index(node: NodeProcess, cluster: ClusterProcesses) -> int:
-    return int(voters(cluster.leader())[node.node_id]["match_index"])
+    return int(cluster.leader().voters()[node.node_id]["match_index"])
 
 
 def log_since(node: NodeProcess) -> str:

@@ -21,12 +21,9 @@ FROZEN_SECONDS = float(os.environ.get("P2P_FROZEN_SECONDS", "3"))
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcesses]:
     """Three voters that take jobs and run none."""
-    cluster = ClusterProcesses(tmp_path_factory.mktemp("three"), 3)
-    try:
+    with ClusterProcesses(tmp_path_factory.mktemp("three"), 3) as cluster:
         cluster.start(voters=3)
         yield cluster
-    finally:
-        cluster.destroy()
 
 
 @pytest.fixture(autouse=True)

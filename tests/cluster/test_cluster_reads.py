@@ -22,12 +22,9 @@ JOB = {"command": ["true"], "requires": {"cpus": 900}}
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcesses]:
     """Three voters, and a node that has no copy of the queue."""
-    cluster = ClusterProcesses(tmp_path_factory.mktemp("reads"), 4, each={"n4": ["--no-voter"]})
-    try:
+    with ClusterProcesses(tmp_path_factory.mktemp("reads"), 4, each={"n4": ["--no-voter"]}) as cluster:
         cluster.start(voters=3)
         yield cluster
-    finally:
-        cluster.destroy()
 
 
 @pytest.fixture(autouse=True)

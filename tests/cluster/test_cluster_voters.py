@@ -26,12 +26,9 @@ SOON = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcesses]:
     """Five nodes, of which three vote. A test may send one away for good."""
-    cluster = ClusterProcesses(tmp_path_factory.mktemp("voters"), 5, settings=SOON)
-    try:
+    with ClusterProcesses(tmp_path_factory.mktemp("voters"), 5, settings=SOON) as cluster:
         cluster.start(voters=3)
         yield cluster
-    finally:
-        cluster.destroy()
 
 
 @pytest.fixture(autouse=True)
@@ -40,33 +37,26 @@ def whole(cluster: ClusterProcesses) -> Iterator[None]:
     cluster.mend()
 
 
-def voters(node: NodeProcess) -> dict[str, dict[str, Any]]:
-    """``/admin/voters`` by node id."""
-    status, told = node.request("GET", "/admin/voters")
-    assert status == 200, told
-    return {row["node"]: row for row in told["voters"]}
-
-
 def order(at: NodeProcess, what: str, **body: Any) -> tuple[int, Any]:
     return at.request("POST", f"/admin/{what}", body, timeout=90)
 
 
 def test_voters_are_shown_removed_and_added_through_any_node(cluster: ClusterProcesses) -> None:
-    before = voters(cluster["n1"])
+    before = cluster["n1"].voters()
     assert len(before) == 3
     assert [row["node"] for row in before.values() if row["leads"]] == [cluster.leader().node_id]
     for node in cluster.all:
-        assert voters(node).keys() == before.keys()
+        assert node.voters().keys() == before.keys()
     spare = next(node for node in cluster.all if node.node_id not in before)
     rest = {node.node_id for node in cluster.all} - before.keys()
     gone = next(node for node in cluster.followers() if node.node_id in before)
     status, told = order(spare, "voters/remove", node=gone.node_id)
     assert status == 200, told
-    assert gone.node_id not in voters(spare)
+    assert gone.node_id not in spare.voters()
     # The autopilot fills the place, and not with the one that was sent away.
-    wait_until(lambda: rest & voters(gone).keys(), seconds=30)
-    assert gone.node_id not in voters(gone)
-    (filled,) = rest & voters(gone).keys()
+    wait_until(lambda: rest & gone.voters().keys(), seconds=30)
+    assert gone.node_id not in gone.voters()
+    (filled,) = rest & gone.voters().keys()
     wait_until(lambda: gone.status()["role"] == "worker")
     assert gone.job(gone.submit(**JOB))["state"] == "pending"
     gone.kill()
@@ -75,7 +65,7 @@ def test_voters_are_shown_removed_and_added_through_any_node(cluster: ClusterPro
     assert status == 200, told
     status, told = order(gone, "voters/add", node=gone.node_id)
     assert status == 200, told
-    wait_until(lambda: voters(cluster["n1"]).keys() == before.keys())
+    wait_until(lambda: cluster["n1"].voters().keys() == before.keys())
 
 
 def test_orders_about_voters_that_cannot_be_carried_out_are_refused(cluster: ClusterProcesses) -> None:
@@ -83,7 +73,7 @@ def test_orders_about_voters_that_cannot_be_carried_out_are_refused(cluster: Clu
     assert order(at, "voters/add", node="nobody")[0] == 404
     assert order(at, "voters/remove", node="nobody")[0] == 404
     assert order(at, "leadership/transfer", to="nobody")[0] in (404, 409)
-    spare = next(node for node in cluster.all if node.node_id not in voters(at))
+    spare = next(node for node in cluster.all if node.node_id not in at.voters())
     assert order(at, "leadership/transfer", to=spare.node_id)[0] == 409
     assert order(at, "voters/add", nodes="n1")[0] == 422
 
@@ -93,7 +83,7 @@ def test_the_seat_is_handed_over_on_request(cluster: ClusterProcesses) -> None:
         clients.wait_acks()
         for _ in range(3):
             leader = cluster.leader()
-            heir = next(name for name in voters(leader) if name != leader.node_id)
+            heir = next(name for name in leader.voters() if name != leader.node_id)
             asked = time.monotonic()
             status, told = order(cluster["n1"], "leadership/transfer", to=heir)
             assert (status, told["leader"]) == (200, heir), told
@@ -107,7 +97,7 @@ def test_the_seat_is_handed_over_on_request(cluster: ClusterProcesses) -> None:
 
 
 def test_a_voter_removed_while_it_is_down_learns_of_it(cluster: ClusterProcesses) -> None:
-    down = next(node for node in cluster.followers() if node.node_id in voters(cluster["n1"]))
+    down = next(node for node in cluster.followers() if node.node_id in cluster["n1"].voters())
     down.kill()
     leader = cluster.leader()
     assert order(leader, "voters/remove", node=down.node_id)[0] == 200
@@ -127,7 +117,7 @@ def test_the_autopilot_replaces_dead_voters_one_after_another(cluster: ClusterPr
         leader = cluster.leader()
         other = cluster.followers()[0]
         leader.kill()
-        wait_until(lambda: leader.node_id not in voters(other), seconds=40)
+        wait_until(lambda: leader.node_id not in other.voters(), seconds=40)
         cluster.wait_voters(3)
         second = cluster.leader()
         killed = time.monotonic()

@@ -33,12 +33,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
     cluster = ClusterProcesses(folder, 3, flags=["--no-populate"], settings=SETTINGS, each=each)
     hidden = cluster.make(HIDDEN, *each[HIDDEN])
     hidden.flags += ["--peers", cluster["n1"].address]
-    try:
+    with cluster:
         cluster.start("n1", "n2", "n3", voters=3)
         cluster.start(HIDDEN)
         yield cluster
-    finally:
-        cluster.destroy()
 
 
 @pytest.fixture(autouse=True)

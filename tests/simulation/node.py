@@ -25,7 +25,6 @@ from p2p.effects import (
 )
 from p2p.election.rank import Timers
 from p2p.ids import Index, NodeId, Term, VoterId, voter_id
-from p2p.messages import AppendReply
 from p2p.replica import (
     Applied,
     Compacted,
@@ -43,6 +42,7 @@ from p2p.replica import (
     SetFitness,
     SnapshotOffered,
     Tick,
+    moves_nothing,
 )
 from tests.simulation.desk import Desk
 from tests.simulation.disk import Disk, Reset
@@ -261,7 +261,7 @@ class Node:
     def step(self, event: ReplicaEvent) -> None:
         """As `p2p.driver` does: agreeing answers to a calm leader lie until something else is due, and are heard before
         that. Lets NotLeader and ConfigRefused through."""
-        if type(event) is Received and type(event.message) is AppendReply and event.message.ok and self.replica.calm:
+        if type(event) is Received and moves_nothing(event.message) and self.replica.calm:
             self._lain.append(replace(event, came=self.clock()))
             return
         while self._lain:
