@@ -43,6 +43,13 @@ class Pick(NamedTuple):
     gpus: str | None  # JSON list of uuids
 
 
+class Place(NamedTuple):
+    """One member of a gang: its worker, and its GPUs there."""
+
+    worker: str
+    gpus: str | None  # JSON list of uuids
+
+
 class AttemptDone(NamedTuple):
     """The end of one attempt as its worker reports it."""
 
@@ -91,6 +98,15 @@ class Claim:
     at_ms: int
     worker: str
     picks: tuple[Pick, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimGang:
+    """Starts one attempt of one job on several workers at once, in the order of their ranks, if it is pending."""
+
+    at_ms: int
+    seq: int
+    members: tuple[Place, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +200,28 @@ class ForgetWorkers:
     reason: str
 
 
-Command = Submit | Claim | Begin | Finish | Expire | Release | Cancel | Retry | Wake | Clear | Prune | ForgetWorkers
+@dataclass(frozen=True, slots=True)
+class MarkNode:
+    """An operator, or the leader, says what may be placed on a node: nothing new while it is cordoned or draining. What
+    runs there goes on, but ends by `deadline_ms` (0: whenever it likes) if it drains."""
+
+    at_ms: int
+    node: str
+    cordoned: bool
+    draining: bool
+    deadline_ms: int
+    reason: str
+
+
+Command = Submit | Claim | Begin | Finish | Expire | Release | Cancel | Retry | Wake | Clear | Prune | ForgetWorkers | ClaimGang | MarkNode
 _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (Submit, Claim, Begin, Finish, Expire, Release, Cancel, Retry, Wake, Clear, Prune, ForgetWorkers)
+    for kind in (Submit, Claim, Begin, Finish, Expire, Release, Cancel, Retry, Wake, Clear, Prune, ForgetWorkers, ClaimGang, MarkNode)
 }
 _ITEMS: dict[str, tuple[int, type[Any]]] = {
     "Submit": (1, NewJob),
     "Claim": (2, Pick),
+    "ClaimGang": (2, Place),
     "Begin": (2, Began),
     "Finish": (1, AttemptDone),
     "Expire": (1, Lapse),

@@ -12,7 +12,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from concurrent.futures import Future
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coordination import commands as c
@@ -22,10 +21,15 @@ from coordination.errors import OutcomeUnknown, Refused
 from coordination.events import Event, EventBus
 from coordination.events import EventType as E
 from coordination.kinds import Kinds
-from coordination.leases import Claimant, Held, LeaseTable, Signs, Verdict
-from coordination.placement import Offer, Placed, Shape, choose, misfits, read_shape, with_defaults
-from coordination.queue_reads import QueueReader
-from coordination.queue_state import Claimed, QueueState
+from coordination.fleet import Fleet
+from coordination.leases import Claimant, Held, LeaseTable, Notice, Signs, Verdict
+from coordination.matching import Matching, Room
+from coordination.placement import Scoring
+from coordination.planner import Planner, PlanPolicy
+from coordination.queue_reads import NodeMark, QueueReader
+from coordination.queue_state import QueueState, ReadyLane
+from coordination.scoring import default_scoring
+from coordination.shares import Shares
 from coordination.submission import Submission
 
 T = TypeVar("T")
@@ -35,6 +39,7 @@ CLEAR_SLICE = 2_000
 VALIDATE_SLICE = 100  # jobs validated between two turns of the event loop
 MAX_WORKERS = 10_000
 ARRIVAL_SHARE = 1 / 6  # of a lease: how long a claimed job may be on its way before a worker without it has lost it
+UNMOVED_SLACK_MS = 60_000  # beyond its grace, for who was asked to make way
 LAPSES = frozenset({"lease_lapsed", "timeout", "never_started", "no_sign_of_life"})
 
 
@@ -51,24 +56,11 @@ class Reading(Protocol):
     def __call__(self, question: Callable[[QueueReader], T]) -> Future[T]: ...
 
 
-class Room(NamedTuple):
-    """A worker's newest word on what it can take. `total` is what it would have with nothing running."""
-
-    free: Offer
-    total: Offer
-    max_jobs: int
-
-
 class Beat(NamedTuple):
     """One line of a heartbeat: the attempt is alive; `started_ms` once its process runs."""
 
     signs: Signs
     started_ms: int | None
-
-
-@lru_cache(maxsize=32_768)
-def _shape(requires: str) -> Shape:
-    return read_shape(requires)
 
 
 class Dispatcher:
@@ -86,24 +78,50 @@ class Dispatcher:
         lease_ms: int = 30_000,
         max_unfinished: int = 2_000_000,
         translate: Callable[[Exception], Exception] = lambda error: error,
+        scoring: Callable[[], Scoring] = default_scoring,
+        policy: PlanPolicy | None = None,
+        group_weights: Mapping[str, float] | None = None,
     ) -> None:
         self._journal, self._state, self._read = journal, state, read
         self.kinds, self._clock, self._bus = kinds, clock, bus
         self.leases = LeaseTable(lease_ms=lease_ms)
-        self.rooms: dict[str, Room] = {}
         self.disk_low = False  # kept by the health loop; submits get 507 while it is set
         self._max_unfinished = max_unfinished
         self._translate = translate  # the journal's errors in the words of `coordination.errors`
         self.leads = False
         self._unsubscribe: Callable[[], None] = lambda: None
-        self._reserved: set[int] = set()
-        self._deciding = asyncio.Lock()
-        self._parked: dict[asyncio.Future[None], str] = {}  # -> the worker whose claim it is
-        self._wakes = 0  # how often all were woken: a claim that was looking meanwhile looks again before it parks
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.address_of: Callable[[str], str] = lambda node: node  # where a node's processes can be reached
         self.on_waiting: Callable[[], None] = lambda: None  # a job waits for its time from now on: see `wake_due`
         self._steady_offset = clock.now_ms() - clock.mono_ms()
         self._began_at = clock.mono_ms()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._scoring, self._policy, self._group_weights = scoring, policy, dict(group_weights or {})
+        self.marks: dict[str, NodeMark] = {}  # what is said of nodes
+        self.matching = self._new_matching()
+
+    def _new_matching(self) -> Matching:
+        """Nothing known yet: of nodes, of what runs, of who has had how much."""
+        floors = {name: kind.floor for name, kind in self.kinds.by_name.items() if kind.floor is not None}
+        return Matching(
+            Planner(Fleet(self._scoring()), Shares(self._group_weights, floors), self._policy),
+            self.leases,
+            lanes=self._changed_lanes,
+            propose=self.propose,
+            give_back=lambda jobs: self.release_those_held(jobs, "its worker hung up before it was told"),
+            mono_ms=self._clock.mono_ms,
+            now_ms=self._clock.now_ms,
+        )
+
+    async def _changed_lanes(self, limit: int, everything: bool) -> list[ReadyLane]:
+        """Runs on the apply thread, between batches."""
+        state = self._state
+        return await asyncio.wrap_future(
+            self._journal.query(lambda: state.changed_lanes(limit, everything=everything))
+        )
+
+    @property
+    def rooms(self) -> dict[str, Room]:
+        return self.matching.rooms
 
     async def begin_term(self) -> None:
         """Opens: takes up the attempts in progress, each with a full lease from now, and listens to the queue."""
@@ -111,12 +129,14 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._steady_offset = self._clock.now_ms() - self._clock.mono_ms()
         self._unsubscribe = self._bus.subscribe(self.on_events)
-        rows = await self.ask(lambda reader: reader.held())
+        rows, marks = await self.ask(lambda reader: (reader.held(), reader.nodes()))
         now = self._began_at = self._clock.mono_ms()
         grace_until_ms = self._clock.now_ms() + self.leases.lease_ms
         for row in rows:
-            if row.job in self.leases.by_job:
+            known = self.leases.by_job.get(row.job)
+            if known is not None and not (row.gang and known.gang and known.attempt == row.attempt):
                 continue  # an event of this moment has told more
+            grace_ms = _grace_ms(json.loads(row.spec))
             held = Held(
                 job=row.job,
                 attempt=row.attempt,
@@ -127,10 +147,13 @@ class Dispatcher:
                 started_ms=row.started_ms,
                 renewed_at=now,
                 alive_at=now,
-                grace_ms=_grace_ms(json.loads(row.spec)),
+                gang=bool(row.gang),
+                grace_ms=grace_ms,
                 grace_until_ms=grace_until_ms,
             )
             self.leases.grant(held)
+            self.matching.take_up(row, self.steady_ms(), grace_ms)
+        self._take_marks(marks)
         self.leads = True
         self.on_waiting()
 
@@ -139,10 +162,9 @@ class Dispatcher:
         self.leads = False
         self._unsubscribe()
         self._unsubscribe = lambda: None
+        self.matching.close()
         self.leases = LeaseTable(lease_ms=self.leases.lease_ms)
-        self.rooms.clear()
-        self._reserved.clear()
-        self.wake_parked()
+        self.matching = self._new_matching()
 
     def check_leads(self) -> None:
         """Raises Refused (503) unless this node leads and has taken up its term."""
@@ -219,89 +241,45 @@ class Dispatcher:
         worker = room.free.node
         if worker not in self.rooms and len(self.rooms) >= MAX_WORKERS:
             raise Refused(429, f"{MAX_WORKERS} workers are known already; clear the inactive ones")
-        self.rooms[worker] = room
-        self.wake_parked(worker)
+        self.matching.make_room(room)
 
     async def claim(
         self, worker: str, *, wait_seconds: float, gone: Callable[[], bool] = lambda: False
-    ) -> tuple[list[dict[str, Any]], list[Claimant]]:
-        """Jobs for the room a worker has made known, and the attempts it must kill; waits up to `wait_seconds` until
+    ) -> tuple[list[dict[str, Any]], list[Notice]]:
+        """Jobs for the room a worker has made known, and the attempts it must end; waits up to `wait_seconds` until
         there is either. One claim a worker at a time: the next one states its room with these jobs in it.
 
         `gone` tells whether the asker has hung up: what was claimed for it meanwhile goes back at once.
         """
-        deadline = self._clock.mono_ms() + int(wait_seconds * 1000)
+        until = self._clock.mono_ms() + int(wait_seconds * 1000)
         while True:
             self.check_leads()
             if gone():
                 return [], []  # before anything is placed: an attempt that nobody was told of is a line in its history
             self._heard(worker)
-            notices = self.leases.take_notices(worker)
-            room, wakes = self.rooms.get(worker), self._wakes
-            jobs: list[dict[str, Any]] = []
-            if room is not None and room.max_jobs > 0 and self._state.pending_total > 0:
-                jobs = await self._place(room.free, room.max_jobs)
+            notices = self.leases.take_notices(worker, self._clock.mono_ms())
+            if notices:
+                return [], notices
+            jobs = await self.matching.wait(worker, until, gone)
             if jobs and gone():
                 await self.release_those_held([job["id"] for job in jobs], "its worker hung up before it was told")
-                return [], notices
-            left = deadline - self._clock.mono_ms()
-            if jobs or notices or left <= 0 or gone():
-                return jobs, notices
-            if self._wakes == wakes and self.rooms.get(worker) is room:
-                await self._park(worker, left / 1000)
+                return [], []
+            if jobs:
+                for job in jobs:
+                    self._complete_gang(job)
+                return jobs, self.leases.take_notices(worker, self._clock.mono_ms())
+            if self._clock.mono_ms() >= until or gone():
+                return [], self.leases.take_notices(worker, self._clock.mono_ms())
 
-    async def _place(self, offer: Offer, max_jobs: int) -> list[dict[str, Any]]:
-        """Chooses, reserves, and journals the choice; the reservation keeps a second claim off the same jobs."""
-        async with self._deciding:
-            reserved = frozenset(self._reserved)
-            picks = await asyncio.wrap_future(self._journal.query(lambda: self._choose(offer, max_jobs, reserved)))
-            self._reserved.update(pick.seq for pick in picks)
-        if not picks:
-            return []
-        try:
-            commanded = tuple(c.Pick(pick.seq, json.dumps(pick.gpus) if pick.gpus else None) for pick in picks)
-            claimed: list[Claimed] = await self.propose(c.Claim(self._clock.now_ms(), offer.node, commanded))
-        except Exception:
-            self.wake_parked()  # what was reserved is anybody's again
-            raise
-        finally:
-            self._reserved.difference_update(pick.seq for pick in picks)
-        told = [_for_worker(job) for job in claimed]
-        for job in told:
-            held = self.leases.by_job.get(job["id"])
-            if held is not None and held.attempt == job["attempt"]:
-                held.grace_ms = _grace_ms(job)
-        return told
+    def _complete_gang(self, job: dict[str, Any]) -> None:
+        """Where the members of a gang meet: at the address of rank 0, as far as anybody knows it."""
+        gang = job.get("gang")
+        if gang is not None:
+            gang["master_addr"] = self.address_of(gang["members"][0])
 
-    def _choose(self, offer: Offer, max_jobs: int, reserved: frozenset[int]) -> list[Placed]:
-        """Runs on the apply thread, between batches."""
-        state = self._state
-        shapes = [(number, _shape(requires)) for number, _, requires in state.ready_shapes()]
-
-        def heads(shape: int) -> Any:
-            found = state.heads(shape, max_jobs + len(reserved))
-            return iter([head for head in found if head.seq not in reserved])
-
-        return choose(shapes, heads, offer, max_jobs)
-
-    async def _park(self, worker: str, seconds: float) -> None:
-        assert self._loop is not None
-        parked: asyncio.Future[None] = self._loop.create_future()
-        self._parked[parked] = worker
-        try:
-            async with asyncio.timeout(seconds):
-                await parked
-        except TimeoutError:
-            pass  # the claim answers empty and is made again
-        finally:
-            del self._parked[parked]
-
-    def wake_parked(self, worker: str | None = None) -> None:
-        """Something is pending, or someone must be told something: every parked claim looks again, or one worker's."""
-        self._wakes += worker is None
-        for parked, whose in self._parked.items():
-            if (worker is None or whose == worker) and not parked.done():
-                parked.set_result(None)
+    def wake_parked(self) -> None:
+        """Every parked claim is answered, so that its asker comes again."""
+        self.matching.nudge_all()
 
     def _heard(self, worker: str) -> None:
         """Any word from a worker. Raises Refused (429) for one worker too many: names are the caller's to make up."""
@@ -334,6 +312,10 @@ class Dispatcher:
         )
         if began:
             await self.propose(c.Begin(self._clock.now_ms(), worker, began))
+            for item in began:  # of a gang only the first start is an event
+                member = self.leases.of(worker, item.id)
+                if member is not None and member.gang and member.attempt == item.attempt:
+                    member.started_ms = self.steady_ms()
         if first:
             # Whatever its former self had asked for is in the books once this, behind it in the journal, is answered.
             await self.propose(c.Begin(self._clock.now_ms(), worker, ()))
@@ -351,10 +333,9 @@ class Dispatcher:
         return stale, cancel
 
     def _is_new_start(self, worker: str, beat: Beat) -> bool:
-        held = self.leases.by_job.get(beat.signs.job)
+        held = self.leases.of(worker, beat.signs.job)
         return (
             held is not None
-            and held.worker == worker
             and held.attempt == beat.signs.attempt
             and held.started_ms is None
         )
@@ -376,6 +357,9 @@ class Dispatcher:
     async def finish(self, items: tuple[c.AttemptDone, ...]) -> list[Refused | None]:
         """Records the ends of attempts; for each, None or why it was refused (a stale attempt: 409)."""
         answers: list[Refused | None] = await self.propose(c.Finish(self._clock.now_ms(), items))
+        for item, answer in zip(items, answers, strict=True):
+            if item.ok and answer is None:
+                self.leases.drop_member(item.id, item.attempt, item.worker)  # of a gang: the others go on
         return answers
 
     # -- operators ---------------------------------------------------------------------------------------------
@@ -429,7 +413,7 @@ class Dispatcher:
         await self.propose(c.ForgetWorkers(now_ms, tuple(inactive), f"worker silent for {threshold_ms // 1000} s"))
         for worker in inactive:
             self.leases.forget(worker)
-            self.rooms.pop(worker, None)
+            self.matching.forget(worker)
         return len(inactive)
 
     async def expire(self, verdicts: list[Verdict]) -> int:
@@ -464,29 +448,63 @@ class Dispatcher:
         """See `LeaseTable.stuck`."""
         return self.leases.stuck(self._clock.mono_ms(), self.steady_ms(), threshold_ms)
 
-    def why_pending(self, requires: Mapping[str, Any]) -> str:
-        """In words, why a pending job of these requirements has not been placed."""
-        shape = with_defaults(requires)
-        offers = [room for worker, room in self.rooms.items() if self._is_there(worker)]
-        if not offers and self.rooms:
-            return f"all {len(self.rooms)} known workers have been silent for longer than a lease: restart them"
-        if not offers:
-            return "no worker has asked for work yet"
-        never = [misfits(shape, seen.total) for seen in offers]
-        if all(never):
-            nodes = "1 node" if len(offers) == 1 else f"{len(offers)} nodes"
-            return f"fits on none of {nodes}, even when idle: {_tally(never)}"
-        now = [misfits(shape, seen.free) for seen in offers]
-        if all(now):
-            busy = "the only node is" if len(offers) == 1 else f"all {len(offers)} nodes are"
-            return f"waits for room; {busy} busy: {_tally(now)}"
-        return "fits now; jobs of higher priority or older ones go first"
+    def why_pending(self, record: Mapping[str, Any]) -> str:
+        """In words, why a pending job has not been placed."""
+        return "PLACEHOLDER"
 
     def _is_there(self, worker: str) -> bool:
         """Whether it waits for work now, or was heard of within a lease."""
         last = self.leases.seen_at.get(worker)
         silent = last is None or self._clock.mono_ms() - last > self.leases.lease_ms
-        return not silent or worker in self._parked.values()
+        return not silent or self.matching.parked(worker)
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def _take_marks(self, marks: Iterable[NodeMark]) -> None:
+        self.marks = {mark.node: mark for mark in marks}
+        words = {mark.node: "draining" if mark.draining else "cordoned" for mark in self.marks.values()}
+        self.matching.bar(words)
+
+    async def mark_node(
+        self, node: str, *, cordoned: bool | None = None, draining: bool | None = None, deadline_ms: int = 0, reason: str
+    ) -> NodeMark | None:
+        """Says what may be placed on a node; None leaves that as it is. Answers what is said of it now."""
+        self.check_leads()
+        known = self.marks.get(node)
+        cordon = bool(known and known.cordoned) if cordoned is None else cordoned
+        drains = bool(known and known.draining) if draining is None else draining
+        if draining is None and known is not None:
+            deadline_ms = known.deadline_ms
+        await self.propose(c.MarkNode(self._clock.now_ms(), node, cordon, drains, deadline_ms, reason))
+        self._take_marks(await self.ask(lambda reader: reader.nodes()))
+        return self.marks.get(node)
+
+    async def tick(self) -> None:
+        """What time alone brings: silent nodes are no longer counted on, who must make way is told, and every lane is
+        looked at again. About once a second."""
+        if not self.leads:
+            return
+        now = self._clock.mono_ms()
+        fleet = self.matching.planner.fleet
+        for worker in [name for name in fleet.nodes if not self._is_there(name)]:
+            self.matching.planner.remove_node(worker)
+        self.matching.planner.shares.forget_idle(now)
+        for mark in self.marks.values():
+            if mark.draining and mark.deadline_ms and self._clock.now_ms() >= mark.deadline_ms:
+                self._ask_to_go(mark.node, "drained")
+        stubborn = [held.job for held in self.leases.unmoved(now, UNMOVED_SLACK_MS)]
+        if stubborn:
+            await self.release_those_held(stubborn, "it did not make way when it was asked to")
+        if self.matching.planner.lanes:
+            self.matching.wake(everything=True)
+
+    def _ask_to_go(self, node: str, reason: str) -> None:
+        now = self._clock.mono_ms()
+        fresh = [held for held in self.leases.by_worker.get(node, {}).values() if held.order is None]
+        for held in fresh:
+            self.leases.make_way(held, reason, now)
+        if fresh:
+            self.matching.nudge(node)
 
     # -- what the queue says -----------------------------------------------------------------------------------
 
@@ -522,23 +540,28 @@ class Dispatcher:
                     if fields["state"] == "waiting":
                         self.on_waiting()
         if wake:
-            self.wake_parked()
+            self.matching.wake()
+        for worker in list(self.leases.notices):
+            self.matching.nudge(worker)
 
     def _grant(self, event: Event) -> None:
         now, fields = self._clock.mono_ms(), event.fields
-        self.leases.grant(
-            Held(
-                job=fields["job"],
-                attempt=fields["attempt"],
-                worker=fields["worker"],
-                kind=fields["kind"],
-                timeout_ms=fields["timeout_ms"],
-                claimed_ms=self.steady_ms(),
-                started_ms=None,
-                renewed_at=now,
-                alive_at=now,
+        workers = fields.get("workers") or [fields["worker"]]
+        for worker in workers:
+            self.leases.grant(
+                Held(
+                    job=fields["job"],
+                    attempt=fields["attempt"],
+                    worker=worker,
+                    kind=fields["kind"],
+                    timeout_ms=fields["timeout_ms"],
+                    claimed_ms=self.steady_ms(),
+                    started_ms=None,
+                    renewed_at=now,
+                    alive_at=now,
+                    gang=len(workers) > 1,
+                )
             )
-        )
 
 
 def _grace_ms(job: Mapping[str, Any]) -> int:
@@ -549,38 +572,6 @@ def _grace_ms(job: Mapping[str, Any]) -> int:
 _TOLD = (
     "token", "kind", "command", "params", "env", "cwd", "requires", "gpus", "timeout_seconds", "grace_seconds", "fence",
 )  # fmt: skip
-
-
-def _for_worker(job: Claimed) -> dict[str, Any]:
-    """A claimed job as it travels to its worker."""
-    carried = json.loads(job.spec)
-    return {
-        "id": job.id,
-        "attempt": job.attempt,
-        "token": job.token,
-        "kind": job.kind,
-        "command": carried["command"],
-        "params": carried.get("params", {}),
-        "env": carried.get("env", {}),
-        "cwd": carried.get("cwd"),
-        "requires": json.loads(job.requires),
-        "gpus": json.loads(job.gpus) if job.gpus else [],
-        "timeout_seconds": job.timeout_ms / 1000 if job.timeout_ms else None,
-        "grace_seconds": carried.get("grace_seconds", 30.0),
-        "fence": carried.get("fence", "attempt"),
-    }
-
-
-def _tally(reasons: list[list[str]]) -> str:
-    """The reasons of all nodes in one sentence: for one node as they are, for many how often each begins so."""
-    if len(reasons) == 1:
-        return "; ".join(reasons[0])
-    heads: dict[str, int] = {}
-    for why in reasons:
-        for sentence in why:
-            head = sentence.partition(";")[0]
-            heads[head] = heads.get(head, 0) + 1
-    return "; ".join(f"{head} (fails on {n} of {len(reasons)} nodes)" for head, n in heads.items())
 
 
 __all__ = ["Beat", "Dispatcher", "Journal", "Reading", "Room"]

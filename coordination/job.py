@@ -7,7 +7,6 @@ is accepted is `coordination.queue_state`.
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import datetime
 from enum import StrEnum
@@ -143,9 +142,9 @@ class Requires(Closed):
             raise ValueError("gpu_share: below 1 it needs gpus: 1")
         return self
 
-    def shape(self) -> str:
-        """The canonical JSON of these requirements, defaults left out: the identity of the shape."""
-        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+    def demands(self) -> dict[str, Any]:
+        """These requirements, defaults left out."""
+        return self.model_dump(exclude_defaults=True)
 
 
 class JobSpec(Closed):

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -49,6 +49,12 @@ class Kind(Closed):
     retry_backoff_seconds: Annotated[Number, Field(ge=0, le=600)] = 10.0
     grace_seconds: Annotated[Number, Field(ge=0, le=3600)] = 30.0
     env: dict[str, Argument] = Field(default_factory=dict)
+    prefer: Literal["gpus", "memory"] | None = Field(
+        None, description="nodes its jobs go to first: gpus = those with GPUs, memory = those with the most memory"
+    )
+    floor: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="part of all use below which this kind goes before the others of its group"
+    )
     populate: Populate | None = None
 
 

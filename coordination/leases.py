@@ -8,7 +8,7 @@ PROTOCOL §2.14); they are compared only with each other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +34,10 @@ class Held:
     started_ms: int | None
     renewed_at: int
     alive_at: int  # last sign of life: output, progress, CPU or GPU use
+    gang: bool = False  # one of several members of the attempt, each on a worker of its own
+    order: str | None = None  # why it has been asked to make way: "preempted" or "drained"
+    ordered_at: int = 0
+    told_at: int | None = None
     grace_ms: int = 0  # between SIGTERM and SIGKILL: part of the time an attempt may take to end
     grace_until_ms: int = 0  # a new leader gives up nothing that it has known for less than a lease
     cpu_seconds: float = -1.0
@@ -55,6 +59,14 @@ class Signs(NamedTuple):
     progress: bytes | None = None
 
 
+class Notice(NamedTuple):
+    """An attempt that its worker must end, and why: cancelled, preempted, drained."""
+
+    job: str
+    attempt: int
+    reason: str = "cancelled"
+
+
 class Verdict(NamedTuple):
     """An attempt with a reason to give it up. `seconds` says for how long the reason has held."""
 
@@ -63,6 +75,7 @@ class Verdict(NamedTuple):
     reason: str
 
 
+TELL_AGAIN_MS = 5_000
 # A process that only polls burns a few milliseconds a second; one per cent of a core is the least we call work.
 LEAST_CPU_SHARE = 0.01
 
@@ -74,17 +87,23 @@ class LeaseTable:
     lease_ms: int = 30_000
     by_job: dict[str, Held] = field(default_factory=dict)
     by_worker: defaultdict[str, dict[str, Held]] = field(default_factory=lambda: defaultdict(dict))
+    gangs: defaultdict[str, list[Held]] = field(default_factory=lambda: defaultdict(list))  # the members, by job
     seen_at: dict[str, int] = field(default_factory=dict)  # worker -> monotonic ms of its last heartbeat
     seen_ms: dict[str, int] = field(default_factory=dict)  # worker -> unix ms of the same
     notices: defaultdict[str, set[Claimant]] = field(default_factory=lambda: defaultdict(set))  # worker -> to kill
+    on_drop: Callable[[Held], None] = lambda held: None  # an attempt in progress is over on its worker
 
     # -- what the queue did ---------------------------------------------------------------------------------------
 
     def grant(self, held: Held) -> None:
-        """An attempt began."""
-        self.drop(held.job)
-        self.by_job[held.job] = held
+        """An attempt began; of a gang, each member by itself."""
+        known = self.by_job.get(held.job)
+        if known is not None and (known.attempt != held.attempt or not held.gang):
+            self.drop(held.job)
+        self.by_job.setdefault(held.job, held)
         self.by_worker[held.worker][held.job] = held
+        if held.gang:
+            self.gangs[held.job].append(held)
 
     def started(self, job: str, attempt: int, started_ms: int, now: int) -> None:
         held = self.by_job.get(job)
@@ -93,16 +112,42 @@ class LeaseTable:
             held.alive_at = max(held.alive_at, now)
 
     def drop(self, job: str, *, tell: bool = False) -> Held | None:
-        """The attempt in progress of this job is over. `tell`: its worker does not know yet and must kill it."""
+        """The attempt in progress of this job is over. `tell`: its worker does not know yet and must kill it. Answers
+        one of its members."""
         held = self.by_job.pop(job, None)
         if held is not None:
-            mine = self.by_worker[held.worker]
-            mine.pop(job, None)
-            if not mine:
-                del self.by_worker[held.worker]
-            if tell:
-                self.notices[held.worker].add(Claimant(job, held.attempt))
+            for member in self.gangs.pop(job, None) or [held]:
+                self._drop(member)
+                if tell:
+                    self.notices[member.worker].add(Claimant(job, member.attempt))
         return held
+
+    def _drop(self, held: Held) -> None:
+        mine = self.by_worker[held.worker]
+        mine.pop(held.job, None)
+        if not mine:
+            del self.by_worker[held.worker]
+        self.on_drop(held)
+
+    def drop_member(self, job: str, attempt: int, worker: str) -> None:
+        """One member of a gang has ended well; the others go on."""
+        members = self.gangs.get(job, [])
+        for held in members:
+            if held.worker == worker and held.attempt == attempt and len(members) > 1:
+                members.remove(held)
+                self._drop(held)
+                if self.by_job.get(job) is held:
+                    self.by_job[job] = members[0]
+                return
+
+    def of(self, worker: str, job: str) -> Held | None:
+        """What this worker holds of a job."""
+        return self.by_worker.get(worker, {}).get(job)
+
+    def make_way(self, held: Held, reason: str, now: int) -> None:
+        """Asks an attempt to end: its worker is told, until it has."""
+        if held.order is None:
+            held.order, held.ordered_at, held.told_at = reason, now, None
 
     # -- what workers say -----------------------------------------------------------------------------------------
 
@@ -117,8 +162,8 @@ class LeaseTable:
         cancel: list[str] = []
         notices = self.notices.get(worker, set())
         for sign in signs:
-            held = self.by_job.get(sign.job)
-            if held is None or held.attempt != sign.attempt or held.worker != worker:
+            held = self.of(worker, sign.job)
+            if held is None or held.attempt != sign.attempt:
                 (cancel if Claimant(sign.job, sign.attempt) in notices else stale).append(sign.job)
                 continue
             self._sign_of_life(held, sign, now)
@@ -154,10 +199,15 @@ class LeaseTable:
             if held.started_ms is None and held.job not in listed and now - held.renewed_at >= patience_ms
         ]
 
-    def take_notices(self, worker: str) -> list[Claimant]:
-        """The attempts this worker must kill and has not been told of. Should the telling be lost, `renew` repeats it
-        for as long as the worker lists them."""
-        return sorted(self.notices.pop(worker, set()))
+    def take_notices(self, worker: str, now: int) -> list[Notice]:
+        """The attempts this worker must end and has not been told of. Should the telling be lost, `renew` repeats it
+        for as long as the worker lists them; who must make way is told again after a while."""
+        doomed = [Notice(*claimant) for claimant in sorted(self.notices.pop(worker, set()))]
+        for held in self.by_worker.get(worker, {}).values():
+            if held.order is not None and (held.told_at is None or now - held.told_at >= TELL_AGAIN_MS):
+                held.told_at = now
+                doomed.append(Notice(held.job, held.attempt, held.order))
+        return doomed
 
     def was_deaf(self, now: int) -> None:
         """The leader itself did not listen for a while (a frozen process, a suspended machine): whoever was silent
@@ -169,7 +219,13 @@ class LeaseTable:
 
     def _all(self) -> list[Held]:
         """A copy, made in one step: the operators' API asks from threads of its own."""
-        return list(self.by_job.values())
+        return [held for mine in list(self.by_worker.values()) for held in list(mine.values())]
+
+    def unmoved(self, now: int, slack_ms: int) -> list[Held]:
+        """Attempts that were asked to make way, and have not ended well after their grace."""
+        return [
+            held for held in self._all() if held.order is not None and now - held.ordered_at >= held.grace_ms + slack_ms
+        ]
 
     def lapsed(self, now: int) -> list[Verdict]:
         """Attempts whose lease has run out."""

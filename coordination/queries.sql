@@ -26,7 +26,40 @@ SELECT id FROM jobs WHERE unique_key = ? AND state IN ('waiting', 'pending', 'cl
 UPDATE jobs SET state = 'claimed', attempt = attempt + 1, token = ?, worker = ?, gpus = ?, claimed_ms = ?,
                 started_ms = NULL, finished_ms = NULL, exit_code = NULL, moves = moves + 1, reason = NULL
 WHERE seq = ? AND state = 'pending'
-RETURNING id, kind, grp, shape, attempt, timeout_ms, moves, spec
+RETURNING id, kind, grp, shape, attempt, timeout_ms, moves, spec, priority
+
+-- name: insert_member | one rank of a gang's new attempt
+INSERT INTO members VALUES (?, ?, ?, ?, ?, 'claimed', NULL, NULL)
+
+-- name: member_of | whether, and as what, a worker takes part in an attempt
+SELECT rank, state FROM members WHERE seq = ? AND attempt = ? AND worker = ?
+
+-- name: begin_member | its process runs
+UPDATE members SET state = 'running', started_ms = ? WHERE seq = ? AND rank = ? AND state = 'claimed'
+
+-- name: end_member | its process has ended well
+UPDATE members SET state = 'ended', result = ? WHERE seq = ? AND rank = ?
+
+-- name: members_left | how many of an attempt's members have not ended
+SELECT count(*) FROM members WHERE seq = ? AND attempt = ? AND state <> 'ended'
+
+-- name: first_result | what rank 0 left
+SELECT result FROM members WHERE seq = ? AND rank = 0
+
+-- name: members | who takes part in a gang's newest attempt
+SELECT rank, attempt, worker, gpus, state, started_ms FROM members WHERE seq = ? ORDER BY rank
+
+-- name: gangs_of | the gangs that a worker takes part in now
+SELECT j.id FROM members m INDEXED BY members_of JOIN jobs j ON j.seq = m.seq
+WHERE m.worker = ? AND m.state <> 'ended' AND j.attempt = m.attempt AND j.state IN ('claimed', 'running')
+ORDER BY m.seq
+
+-- name: mark_node | what is said of a node
+INSERT INTO nodes VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+ON CONFLICT DO UPDATE SET cordoned = ?2, draining = ?3, deadline_ms = ?4, since_ms = ?5, reason = ?6
+
+-- name: nodes | the nodes of which something is said
+SELECT node, cordoned, draining, deadline_ms, since_ms, reason FROM nodes ORDER BY node
 
 -- name: begin_job | its process runs
 UPDATE jobs SET state = 'running', started_ms = ?, moves = moves + 1 WHERE seq = ?
@@ -87,9 +120,11 @@ INSERT INTO counts VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE SET n = n + ?4 
 INSERT INTO shape_counts VALUES (?1, ?2) ON CONFLICT DO UPDATE SET n = n + ?2 RETURNING n
 
 -- name: all_held | every attempt in progress, for a leader that begins its term
-SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms, spec FROM jobs
-WHERE state = 'claimed' UNION ALL
-SELECT id, attempt, worker, kind, state, claimed_ms, started_ms, timeout_ms, spec FROM jobs WHERE state = 'running'
+SELECT j.id, j.attempt, coalesce(m.worker, j.worker), j.kind, j.state, j.claimed_ms, coalesce(m.started_ms, j.started_ms),
+       j.timeout_ms, j.spec, j.priority, (SELECT requires FROM shapes s WHERE s.shape = j.shape),
+       coalesce(m.gpus, j.gpus), coalesce(m.rank, 0), m.rank IS NOT NULL
+FROM jobs j INDEXED BY jobs_by_state LEFT JOIN members m ON m.seq = j.seq AND m.attempt = j.attempt
+WHERE j.state = ? AND coalesce(m.state, '') <> 'ended' ORDER BY j.seq, m.rank
 
 -- name: job_record | everything about one job
 SELECT seq, id, kind, grp, state, priority, (SELECT requires FROM shapes s WHERE s.shape = j.shape), attempt, failures,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import apsw
 
+from coordination.lane import shown_requires
 from coordination.sql import statements
 
 MAX_PAGE = 1_000
@@ -35,6 +36,22 @@ class HeldRow(NamedTuple):
     started_ms: int | None
     timeout_ms: int
     spec: bytes
+    priority: int
+    requires: str  # JSON
+    gpus: str | None  # JSON list of uuids
+    rank: int
+    gang: int  # 1: this is one of its members
+
+
+class NodeMark(NamedTuple):
+    """What has been said of a node; times are unix milliseconds."""
+
+    node: str
+    cordoned: int
+    draining: int
+    deadline_ms: int
+    since_ms: int
+    reason: str
 
 
 class WorkerBook(NamedTuple):
@@ -114,6 +131,18 @@ class QueueReader:
         if row is None:
             return None
         record = _record(row)
+        if record["nodes"] > 1:
+            record["members"] = [
+                {
+                    "rank": rank,
+                    "worker": worker,
+                    "gpus": json.loads(gpus) if gpus else [],
+                    "state": state,
+                    "started_at": _seconds(started),
+                }
+                for rank, attempt, worker, gpus, state, started in self._all("members", (row[0],))
+                if attempt == record["attempt"]
+            ]
         if history:
             record["history"] = [
                 {"at": at / 1000, "state": state, "attempt": attempt, "worker": worker, "reason": reason}
@@ -208,7 +237,11 @@ class QueueReader:
         return [WorkerBook(*row) for row in self._all("workers")]
 
     def held(self) -> list[HeldRow]:
-        return [HeldRow(*row) for row in self._all("all_held")]
+        """Attempts in progress; of a gang, each member that has not ended."""
+        return [HeldRow(*row) for state in ("claimed", "running") for row in self._all("all_held", (state,))]
+
+    def nodes(self) -> list[NodeMark]:
+        return [NodeMark(*row) for row in self._all("nodes")]
 
 
 def _record(row: tuple[Any, ...]) -> dict[str, Any]:
@@ -224,7 +257,8 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "group": group,
         "command": carried["command"],
         "params": carried.get("params", {}),
-        "requires": json.loads(requires),
+        "requires": shown_requires(requires),
+        "nodes": carried.get("nodes", 1),
         "worker": worker,
         "attempt": attempt,
         "failed_attempts": failures,

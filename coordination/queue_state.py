@@ -23,6 +23,7 @@ from coordination.errors import Refused
 from coordination.events import Event
 from coordination.events import EventType as E
 from coordination.job import FINISHED, IN_PROGRESS, NOT_STARTED, JobState
+from coordination.lane import Head
 from coordination.retry import MAX_BACKOFF_MS, backoff_ms
 from coordination.sql import schema, statements
 
@@ -71,15 +72,18 @@ class Claimed(NamedTuple):
     timeout_ms: int
     gpus: str | None
     spec: bytes
-    requires: str  # JSON
+    requires: str  # its lane's text
+    seq: int = 0
+    priority: int = 0
 
 
-class Head(NamedTuple):
-    """A pending job as placement sees it: its number, its priority and its requirements' shape."""
+class ReadyLane(NamedTuple):
+    """The pending jobs of one shape: how many, its text, and the first of them."""
 
-    seq: int
-    priority: int
     shape: int
+    jobs: int
+    requires: str
+    heads: tuple[Head, ...]
 
 
 class _Row(NamedTuple):
@@ -146,6 +150,7 @@ class QueueState:
         self.pending_total = sum(self._ready.values())
         self.waiting_total = self._count("waiting")
         self.unfinished_total = sum(self._count(state) for state in (*NOT_STARTED, *IN_PROGRESS))
+        self._ready_changed: set[int] = set()  # shapes whose pending jobs are others than `changed_lanes` has told
         self._events: list[Event] = []
         self._clear_deltas()
         self._handlers: dict[type[Any], Callable[[int, Any], Any]] = {
@@ -161,6 +166,8 @@ class QueueState:
             c.Clear: self._on_clear,
             c.Prune: self._on_prune,
             c.ForgetWorkers: self._on_forget_workers,
+            c.ClaimGang: self._on_claim_gang,
+            c.MarkNode: self._on_mark_node,
         }
 
     def _count(self, state: str) -> int:
@@ -319,6 +326,7 @@ class QueueState:
         if not self._ready[shape]:
             del self._ready[shape]  # what a claim looks at is the shapes that wait now, not all there ever were
         self._ready_delta[shape] += n
+        self._ready_changed.add(shape)
         self.pending_total += n
 
     def _book(self, worker: str, column: int) -> None:
@@ -475,16 +483,24 @@ class QueueState:
 
     # -- claim, begin, finish ----------------------------------------------------------------------------------------
 
-    def ready_shapes(self) -> list[tuple[int, int, str]]:
-        """(shape, pending jobs, requirements as JSON) of every shape with pending jobs."""
-        return [(shape, n, self._requires[shape]) for shape, n in sorted(self._ready.items())]
+    def changed_lanes(self, limit: int, *, everything: bool = False) -> list[ReadyLane]:
+        """The shapes whose pending jobs have changed since the last call, with the first `limit` of them; those that
+        have none any more too. `everything`: all that have some."""
+        shapes = sorted(self._ready if everything else self._ready_changed)
+        self._ready_changed.clear()
+        return [
+            ReadyLane(shape, self._ready[shape], self._requires[shape], tuple(self.heads(shape, limit)))
+            if shape in self._ready
+            else ReadyLane(shape, 0, "{}", ())
+            for shape in shapes
+        ]
 
     def heads(self, shape: int, limit: int) -> Iterator[Head]:
         """The best `limit` pending jobs of a shape: priority, then first come first served."""
         for seq, priority in self._run(self._q["ready_heads"], (shape, limit)):
             yield Head(cast(int, seq), cast(int, priority), shape)
 
-    def _on_claim(self, index: int, command: c.Claim) -> list[Claimed]:
+    def _on_claim(self, index: int, command: c.Claim, workers: list[str] | None = None) -> list[Claimed]:
         claimed: list[Claimed] = []
         worker = command.worker
         for pick in command.picks:
@@ -493,7 +509,7 @@ class QueueState:
             )
             if row is None:
                 continue
-            job_id, kind, group, shape, attempt, timeout_ms, moves, spec = row
+            job_id, kind, group, shape, attempt, timeout_ms, moves, spec, priority = row
             self._moved(
                 seq=pick.seq,
                 n=moves,
@@ -507,19 +523,49 @@ class QueueState:
                 reason=None,
             )
             self._book(worker, 2)
-            self._tell(E.WORK_CLAIMED, job_id, kind, attempt=attempt, worker=worker, timeout_ms=timeout_ms)
-            claimed.append(Claimed(job_id, kind, attempt, index, timeout_ms, pick.gpus, spec, self._requires[shape]))
+            gang = {"workers": workers} if workers else {}
+            self._tell(E.WORK_CLAIMED, job_id, kind, attempt=attempt, worker=worker, timeout_ms=timeout_ms, **gang)
+            requires = self._requires[shape]
+            claimed.append(
+                Claimed(job_id, kind, attempt, index, timeout_ms, pick.gpus, spec, requires, pick.seq, priority)
+            )
         return claimed
+
+    def _on_claim_gang(self, index: int, command: c.ClaimGang) -> Claimed | None:
+        first = command.members[0]
+        pick = c.Pick(command.seq, first.gpus)
+        workers = [member.worker for member in command.members]
+        claimed = self._on_claim(index, c.Claim(command.at_ms, first.worker, (pick,)), workers)
+        if not claimed:
+            return None
+        self._run("DELETE FROM members WHERE seq = ?", (command.seq,))
+        for rank, member in enumerate(command.members):
+            self._run(
+                self._q["insert_member"], (command.seq, rank, claimed[0].attempt, member.worker, member.gpus)
+            )
+            if rank:
+                self._book(member.worker, 2)
+        return claimed[0]
+
+    def _member(self, row: _Row, worker: str) -> tuple[int, str] | None:
+        """(rank, state) of a worker in the job's newest attempt; None if it takes no part in it. The only worker of a
+        job that is no gang has rank -1."""
+        found = self._run(self._q["member_of"], (row.seq, row.attempt, worker)).fetchone() if row.worker else None
+        if found is not None:
+            return cast(tuple[int, str], found)
+        return (-1, row.state) if row.worker == worker else None
 
     def _on_begin(self, index: int, command: c.Begin) -> None:
         for item in command.items:
             row = self._row(item.id)
-            if (
-                row is not None
-                and row.attempt == item.attempt
-                and row.state == S.CLAIMED
-                and row.worker == command.worker
-            ):
+            if row is None or row.attempt != item.attempt or row.state not in IN_PROGRESS:
+                continue
+            member = self._member(row, command.worker)
+            if member is None:
+                continue
+            if member[0] >= 0:
+                self._run(self._q["begin_member"], (item.started_ms, row.seq, member[0]))
+            if row.state == S.CLAIMED:
                 self._begin(row, item.started_ms)
 
     def _begin(self, row: _Row, started_ms: int) -> _Row:
@@ -546,8 +592,9 @@ class QueueState:
         row = self._row(item.id)
         if row is None:
             return Refused(404, f"there is no job {item.id!r}", field="id")
-        if row.attempt != item.attempt or row.worker != item.worker or row.state not in IN_PROGRESS:
-            if row.state == S.COMPLETED and item.ok and row.attempt == item.attempt and row.worker == item.worker:
+        member = self._member(row, item.worker) if row.attempt == item.attempt else None
+        if member is None or row.state not in IN_PROGRESS:
+            if row.state == S.COMPLETED and item.ok and member is not None:
                 return None  # the answer to the first report was lost; this is the same one again
             return Refused(
                 409,
@@ -557,7 +604,16 @@ class QueueState:
             )
         if row.state == S.CLAIMED and item.started_ms:
             row = self._begin(row, item.started_ms)
+        rank, state = member
+        if state == "ended":
+            return None  # its report comes again
         self._book(item.worker, 0 if item.ok else 1)
+        result = item.result
+        if item.ok and rank >= 0:
+            self._run(self._q["end_member"], (result, row.seq, rank))
+            if _single(self._run(self._q["members_left"], (row.seq, row.attempt))):
+                return None  # the others go on; the job is complete with the last of them
+            result = _single(self._run(self._q["first_result"], (row.seq,)))
         if item.ok:
             if row.state == S.CLAIMED:
                 row = self._begin(row, self.now_ms)
@@ -565,14 +621,17 @@ class QueueState:
             self._end(
                 row,
                 S.COMPLETED,
-                result=item.result,
+                result=result,
                 error=item.error,
                 exit_code=item.exit_code,
                 failures=row.failures,
             )
             self._tell(E.WORK_COMPLETED, row.id, row.kind, attempt=row.attempt, worker=row.worker)
         else:
-            self._attempt_failed(row, item.error or "failed", item.exit_code, item.retryable, item.cause, item.result)
+            error = item.error or "failed"
+            if rank >= 0:
+                error = f"rank {rank} on {item.worker}: {error}"
+            self._attempt_failed(row, error, item.exit_code, item.retryable, item.cause, item.result)
         return None
 
     def _attempt_failed(
@@ -836,8 +895,8 @@ class QueueState:
             row = self._row_by_seq(seq)
             self._counts[(row.state, row.kind, row.group)] -= 1
             self._shape_jobs[row.shape] -= 1
-            for statement in ("jobs", "history", "deps"):
-                self._run(f"DELETE FROM {statement} WHERE seq = ?", (seq,))  # noqa: S608 - three literals
+            for statement in ("jobs", "history", "deps", "members"):
+                self._run(f"DELETE FROM {statement} WHERE seq = ?", (seq,))  # noqa: S608 - four literals
         self._forget_unused_shapes()
         self._run("DELETE FROM keys WHERE at_ms < ?", (self.now_ms - KEY_AGE_MS,))
         self._run(self._q["keys_beyond"], (MAX_KEYS,))
@@ -869,13 +928,22 @@ class QueueState:
         self._flush()
         n = 0
         for worker in command.workers:
-            for (job_id,) in self._run(self._q["held_by"], (worker,)).fetchall():
+            held = [*self._run(self._q["held_by"], (worker,)), *self._run(self._q["gangs_of"], (worker,))]
+            for (job_id,) in held:
                 row = self._row(cast(str, job_id))
                 assert row is not None
-                self._release(row, command.reason)
+                if row.state in IN_PROGRESS:  # a gang stands in both lists
+                    self._release(row, command.reason)
             self._run("DELETE FROM workers WHERE worker = ?", (worker,))
             n += self._db.changes()
         return n
+
+    def _on_mark_node(self, index: int, command: c.MarkNode) -> None:
+        if command.cordoned or command.draining:
+            marks = (int(command.cordoned), int(command.draining), command.deadline_ms)
+            self._run(self._q["mark_node"], (command.node, *marks, self.now_ms, command.reason))
+        else:
+            self._run("DELETE FROM nodes WHERE node = ?", (command.node,))
 
 
 def _single(cursor: apsw.Cursor) -> Any:

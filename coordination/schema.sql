@@ -57,6 +57,20 @@ CREATE TABLE history (
 CREATE TABLE deps (dep INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (dep, seq)) WITHOUT ROWID;
 CREATE INDEX deps_of ON deps (seq);
 
+-- The members of a gang's newest attempt, by rank. A job of one node has none: its worker stands in its row.
+CREATE TABLE members (
+    seq INTEGER NOT NULL, rank INTEGER NOT NULL, attempt INTEGER NOT NULL, worker TEXT NOT NULL, gpus TEXT,
+    state TEXT NOT NULL, started_ms INTEGER, result BLOB,
+    PRIMARY KEY (seq, rank)
+) WITHOUT ROWID;
+CREATE INDEX members_of ON members (worker, seq) WHERE state <> 'ended';
+
+-- What operators, or the leader itself, have said of nodes. A node of which nothing is said has no row.
+CREATE TABLE nodes (
+    node TEXT PRIMARY KEY, cordoned INTEGER NOT NULL, draining INTEGER NOT NULL, deadline_ms INTEGER NOT NULL,
+    since_ms INTEGER NOT NULL, reason TEXT NOT NULL
+) WITHOUT ROWID;
+
 -- Idempotency keys and the answer each one got; kept a day.
 CREATE TABLE keys (key TEXT PRIMARY KEY, at_ms INTEGER NOT NULL, digest TEXT NOT NULL, answer TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX keys_age ON keys (at_ms);

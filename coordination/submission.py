@@ -16,6 +16,7 @@ from coordination.commands import NewJob
 from coordination.errors import InvalidInput
 from coordination.job import MAX_BATCH_JOBS, MAX_JOB_BYTES, JobSpec
 from coordination.kinds import Kinds
+from coordination.lane import LaneKey, lane_text
 from coordination.validation import first_problem, join
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u to misread over the phone
@@ -71,10 +72,12 @@ class Submission:
             carried["depends_on"] = spec.depends_on
         if spec.fence != "attempt":
             carried["fence"] = spec.fence
-        shape = requires.shape()
         if spec.nodes > 1:
             carried["nodes"] = spec.nodes
-            shape = json.dumps({**json.loads(shape), "nodes": spec.nodes}, sort_keys=True, separators=(",", ":"))
+        timeout_ms = max(round(timeout * 1000), 1) if timeout is not None else 0  # 0 means: none
+        bound_ms = timeout_ms + round(carried["grace_seconds"] * 1000) if timeout_ms else 0
+        key = LaneKey(spec.group, name, bound_ms)
+        shape = lane_text(requires.demands(), key, nodes=spec.nodes, prefer=kind.prefer)
         encoded = json.dumps(carried, separators=(",", ":")).encode()
         if len(encoded) > MAX_JOB_BYTES:
             raise InvalidInput("", f"a job is at most {MAX_JOB_BYTES} bytes; this one is {len(encoded)}")
@@ -86,7 +89,7 @@ class Submission:
             requires=shape,
             max_attempts=spec.max_attempts if spec.max_attempts is not None else kind.max_attempts,
             backoff_ms=round((backoff if backoff is not None else kind.retry_backoff_seconds) * 1000),
-            timeout_ms=max(round(timeout * 1000), 1) if timeout is not None else 0,  # 0 would mean: none
+            timeout_ms=timeout_ms,
             not_before_ms=round(spec.not_before * 1000) if spec.not_before is not None else 0,
             unique_key=spec.unique_key,
             depends_on=tuple(spec.depends_on),

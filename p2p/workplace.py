@@ -113,6 +113,7 @@ class Workplace:
                 "P2P_NODE_ID": self.node,
                 "P2P_JOB_DIR": str(job.folder),
                 "P2P_URL": self.url,
+                **_gang_environment(told),
             },
             directory=str(job.folder),
             cwd=told.get("cwd"),
@@ -144,6 +145,22 @@ def attempt_folder(root: Path, job: str, attempt: int) -> Path:
     """``<root>/<job>.<attempt>``: one folder an attempt, and no more, for making an inode is what a short job's files
     cost most."""
     return root / f"{job}.{attempt}"
+
+
+def _gang_environment(told: Mapping[str, Any]) -> dict[str, str]:
+    """What the members of a gang find each other by, in the names that torchrun and its like read (DESIGN §5). One
+    process a node: its rank is its node's."""
+    gang = told.get("gang")
+    if gang is None:
+        return {}
+    rank = str(gang["rank"])
+    return {
+        "MASTER_ADDR": str(gang["master_addr"]),
+        "MASTER_PORT": str(gang["master_port"]),
+        "RANK": rank,
+        "NODE_RANK": rank,
+        "WORLD_SIZE": str(len(gang["members"])),
+    }
 
 
 def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -129,12 +129,12 @@ def _ms(seconds: float | None) -> int:
 
 @routes.post("/worker/claim")
 async def claim(request: web.Request) -> web.Response:
-    """``{"jobs": […], "cancel": [{"id", "attempt"}]}``; held open until there is either or the wait ends."""
+    """``{"jobs": […], "cancel": [{"id", "attempt", "reason"}]}``; held open until there is either or the wait ends."""
     check_query(request)
     body = await read_model(request, ClaimBody)
     desk = context(request).dispatcher
     free = body.resources.offer(body.worker)
-    total = body.capacity.offer(body.worker) if body.capacity else free
+    total = body.capacity.offer(body.worker) if body.capacity else None
     desk.make_room(Room(free, total, body.max_jobs))
     transport = request.transport
 
@@ -142,7 +142,7 @@ async def claim(request: web.Request) -> web.Response:
         return transport is None or transport.is_closing() or context(request).stopping.is_set()
 
     jobs, notices = await desk.claim(body.worker, wait_seconds=body.wait_seconds, gone=gone)
-    doomed = [{"id": notice.job, "attempt": notice.attempt} for notice in notices]
+    doomed = [{"id": notice.job, "attempt": notice.attempt, "reason": notice.reason} for notice in notices]
     return answer(request, {"jobs": jobs, "cancel": doomed})
 
 

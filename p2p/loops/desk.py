@@ -15,7 +15,7 @@ from typing import Any
 from coordination.commands import AttemptDone
 from coordination.dispatcher import Beat, Dispatcher, Room
 from coordination.errors import OutcomeUnknown, Refused
-from coordination.leases import Claimant, Signs
+from coordination.leases import Notice, Signs
 from coordination.placement import GpuOffer, Offer
 from p2p.leadership import Deposed, Leadership
 from p2p.peers import PeerRefused, Peers, PeerUnreachable
@@ -56,7 +56,7 @@ class DeskOfTheLeader:
             except (Refused, OutcomeUnknown):
                 return  # the claim under way will notice
 
-    async def claim(self, worker: str, *, wait_seconds: float) -> tuple[list[dict[str, Any]], list[Claimant]]:
+    async def claim(self, worker: str, *, wait_seconds: float) -> tuple[list[dict[str, Any]], list[Notice]]:
         if self._own.leads:
             if self._room is not None:
                 self._own.make_room(self._room)
@@ -71,7 +71,7 @@ class DeskOfTheLeader:
             if self._telling is not None:
                 self._telling.cancel()  # no claim is parked there that would care
                 self._telling = None
-        return told["jobs"], [Claimant(job, attempt) for job, attempt in told["doomed"]]
+        return told["jobs"], [Notice(*item) for item in told["doomed"]]
 
     async def heartbeat(
         self, worker: str, beats: list[Beat], *, first: bool, whole: bool = False
@@ -120,17 +120,18 @@ class DeskOfTheLeader:
 
 def pack_room(room: Room) -> Any:
     """A Room as it travels."""
-    return [asdict(room.free), asdict(room.total), room.max_jobs]
+    return [asdict(room.free), asdict(room.total) if room.total is not None else None, room.max_jobs]
 
 
 def unpack_room(value: Any) -> Room:
     """Raises KeyError, TypeError or ValueError for what `pack_room` does not make."""
     free, total, max_jobs = value
-    return Room(_offer(free), _offer(total), int(max_jobs))
+    return Room(_offer(free), _offer(total) if total is not None else None, int(max_jobs))
 
 
 def _offer(value: dict[str, Any]) -> Offer:
-    return Offer(**{**value, "gpus": tuple(GpuOffer(**gpu) for gpu in value["gpus"])})
+    gpus = tuple(GpuOffer(**{**gpu, "links": tuple(gpu.get("links", ()))}) for gpu in value["gpus"])
+    return Offer(**{**value, "gpus": gpus})
 
 
 Answering = Callable[[Dispatcher, dict[str, Any]], Awaitable[dict[str, Any]]]

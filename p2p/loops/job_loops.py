@@ -17,7 +17,7 @@ from config.settings import WorkerSettings
 from coordination.commands import AttemptDone
 from coordination.dispatcher import Beat, Dispatcher, Room
 from coordination.errors import OutcomeUnknown, Refused
-from coordination.leases import Claimant, Signs, Verdict
+from coordination.leases import Notice, Signs, Verdict
 from p2p.driver import Overloaded
 from p2p.loops.base import Loop
 from p2p.runner.client import ActivitySample, AttemptReport, RunnerBusy, RunnerClient, RunnerUnavailable
@@ -106,7 +106,7 @@ class Desk(Protocol):
     """What a worker needs of whoever leads: `Dispatcher` itself on the leader's node."""
 
     def make_room(self, room: Room) -> None: ...
-    def claim(self, worker: str, *, wait_seconds: float) -> Awaitable[tuple[list[dict[str, Any]], list[Claimant]]]: ...
+    def claim(self, worker: str, *, wait_seconds: float) -> Awaitable[tuple[list[dict[str, Any]], list[Notice]]]: ...
     def heartbeat(
         self, worker: str, beats: list[Beat], *, first: bool, whole: bool = False
     ) -> Awaitable[tuple[list[str], list[str]]]: ...
@@ -283,7 +283,7 @@ class WorkerPullLoop(Loop):
                 continue
             taken = [self.workplace.add(job) for job in jobs]  # from now on the heartbeats list them
             self.stats["jobs_pulled"] += len(taken)
-            await self._kill(notices, "cancelled")
+            await self._kill(notices)
             await self._begin_whatever_happens(taken)
 
     async def _begin_whatever_happens(self, jobs: list[LocalJob]) -> None:
@@ -301,13 +301,14 @@ class WorkerPullLoop(Loop):
         cap = self._settings.log_cap_mb << 20
         await self.runner.start([self.workplace.start_spec(job, cap) for job in jobs])
 
-    async def _kill(self, doomed: list[Claimant], reason: str) -> None:
+    async def _kill(self, doomed: list[Notice]) -> None:
+        """Has them end: SIGTERM, their grace, SIGKILL. The reason becomes the cause of their end."""
         for item in doomed:
             job = self.workplace.jobs.get((item.job, item.attempt))
             if job is not None and not job.ended and job.key not in self._stopping:
                 self._stopping.add(job.key)
                 grace = job.description.get("grace_seconds", 30.0)
-                await self.runner.stop(job.id, job.attempt, reason=reason, grace_seconds=grace)
+                await self.runner.stop(job.id, job.attempt, reason=item.reason, grace_seconds=grace)
 
     # -- heartbeats --------------------------------------------------------------------------------------------
 
@@ -357,13 +358,13 @@ class WorkerPullLoop(Loop):
         for job in jobs:
             job.told_start = job.told_start or job.started_ms is not None
         for reason, ids in (("stale", stale), ("cancelled", cancelled)):
-            await self._kill(_oldest(jobs, ids), reason)
+            await self._kill(_oldest(jobs, ids, reason))
 
     async def _stop_strict(self) -> None:
         """``fence: strict``: stopped before the lease could have passed to another worker."""
         if self._desk.mono_ms() - self._renewed_at >= self._lease_seconds * 1000 * STRICT_SHARE:
             strict = [job for job in self.workplace.jobs.values() if job.description.get("fence") == "strict"]
-            await self._kill([Claimant(job.id, job.attempt) for job in strict], "lease_lost")
+            await self._kill([Notice(job.id, job.attempt, "lease_lost") for job in strict])
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -402,7 +403,7 @@ class WorkerPullLoop(Loop):
             await asyncio.sleep(FOLDER_PRUNE_SECONDS)
 
 
-def _oldest(jobs: list[LocalJob], ids: list[str]) -> list[Claimant]:
+def _oldest(jobs: list[LocalJob], ids: list[str], reason: str) -> list[Notice]:
     """The attempts that a leader's list of job ids means. This node may hold two attempts of one job, the older of them
     fenced off and still being ended; an id named once means the oldest, named twice the two oldest."""
     left = sorted((job for job in jobs if job.id in set(ids)), key=lambda job: job.attempt)
@@ -411,7 +412,7 @@ def _oldest(jobs: list[LocalJob], ids: list[str]) -> list[Claimant]:
         job = next((job for job in left if job.id == job_id), None)
         if job is not None:
             left.remove(job)
-            found.append(Claimant(job.id, job.attempt))
+            found.append(Notice(job.id, job.attempt, reason))
     return found
 
 

@@ -8,6 +8,7 @@ from coordination.unified_queue_populator import Populator
 from p2p.loops.base import PASSING, Loop
 
 PRUNE_SECONDS = 30.0
+TICK_SECONDS = 0.9
 WAITING_SECONDS, IDLE_SECONDS = 0.2, 1.0  # how often it is looked for jobs that are due, with and without any
 SILENT_WORKER_MS = 24 * 3_600_000  # pods come with a new name each time; the books do not keep them for ever
 
@@ -40,7 +41,7 @@ class QueueMaintenanceLoop(Loop):
     def __init__(self, dispatcher: Dispatcher, policy: QueueSettings) -> None:
         super().__init__(IDLE_SECONDS)
         self._desk, self._policy = dispatcher, policy
-        self._pruned_at = 0
+        self._pruned_at = self._ticked_at = 0
         dispatcher.on_waiting = self._look_soon
 
     def _look_soon(self) -> None:
@@ -53,6 +54,9 @@ class QueueMaintenanceLoop(Loop):
             return
         self.stats["jobs_woken"] += await self._desk.wake_due()
         now = self._desk.mono_ms()
+        if now - self._ticked_at >= TICK_SECONDS * 1000:
+            self._ticked_at = now
+            await self._desk.tick()
         if now - self._pruned_at >= PRUNE_SECONDS * 1000:
             self._pruned_at = now
             self.stats["workers_forgotten"] += await self._desk.clear_inactive_workers(SILENT_WORKER_MS)

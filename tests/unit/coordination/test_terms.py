@@ -67,10 +67,10 @@ async def test_nothing_of_one_term_is_left_in_the_next(desk: Desk) -> None:
     desk.apply(c.Cancel(T0, ("b",), "why"))
     await asyncio.sleep(0)  # its events have been noted
     assert desk.desk.leases.notices
-    desk.desk._reserved.add(7)
+    desk.desk.matching.planner.spoken_for.add(7)
     desk.desk.end_term()
     leases = desk.desk.leases
-    assert (desk.desk.rooms, desk.desk._reserved, leases.by_job, leases.seen_at, dict(leases.notices)) == (
+    assert (desk.desk.rooms, desk.desk.matching.planner.spoken_for, leases.by_job, leases.seen_at, dict(leases.notices)) == (
         {}, set(), {}, {}, {},
     )  # fmt: skip
     assert leases.lease_ms == LEASE
@@ -103,7 +103,7 @@ async def test_events_of_the_term_before_that_were_under_way_are_of_the_queue_al
 async def test_whoever_waits_for_work_is_sent_to_the_next_leader_at_once(desk: Desk) -> None:
     await desk.desk.begin_term()
     waiting = [asyncio.create_task(desk.desk.claim(worker, wait_seconds=60)) for worker in ("v", "x")]
-    while len(desk.desk._parked) < 2:
+    while len(desk.desk.matching._parked) < 2:
         await asyncio.sleep(0)
     desk.desk.end_term()
     async with asyncio.timeout(10):
@@ -192,7 +192,7 @@ async def test_what_was_reserved_for_a_claim_of_a_closed_term_binds_nobody(slow:
     slow.proposing = Future()
     slow.proposing.set_running_or_notify_cancel()
     asking = asyncio.create_task(slow.desk.claim("w", wait_seconds=0))
-    while not slow.desk._reserved:
+    while not slow.desk.matching.planner.spoken_for:
         await asyncio.sleep(0)
     slow.desk.end_term()
     slow.proposing.set_exception(OutcomeUnknown("deposed"))

@@ -84,7 +84,7 @@ async def test_what_a_worker_must_kill_reaches_it(led: Boxes, desk: DeskOfTheLea
     await desk.claim(WORKER, wait_seconds=0)
     desk.make_room(NONE)
     asking = asyncio.create_task(desk.claim(WORKER, wait_seconds=30))
-    while not led.a.desk._parked:
+    while not led.a.desk.matching._parked:
         await asyncio.sleep(0.001)
     await led.a.desk.cancel([job], "why", key="")
     assert await asking == ([], [Claimant(job, 1)])
@@ -94,7 +94,7 @@ async def test_room_that_is_made_while_a_claim_is_parked_reaches_the_leader(led:
     (job,) = await submitted(led)
     desk.make_room(NONE)
     asking = asyncio.create_task(desk.claim(WORKER, wait_seconds=30))
-    while not led.a.desk._parked:
+    while not led.a.desk.matching._parked:
         await asyncio.sleep(0.001)
     on_its_way, let_go = asyncio.Event(), asyncio.Event()
 
@@ -136,7 +136,7 @@ async def test_a_claim_that_is_parked_at_a_deposed_leader_is_made_again_at_once(
 ) -> None:
     desk.make_room(ROOM)
     asking = asyncio.create_task(desk.claim(WORKER, wait_seconds=30))
-    while not led.a.desk._parked:
+    while not led.a.desk.matching._parked:
         await asyncio.sleep(0.001)
     led.leader = None  # a does not know that it is deposed: its claim stays parked
     await led.elect(getattr(led, successor), heard_by="b c")
@@ -184,14 +184,14 @@ async def test_an_answer_of_another_version_is_no_answer(led: Boxes, told: Any) 
 async def test_a_claim_that_is_given_up_leaves_the_leader_alone(led: Boxes, desk: DeskOfTheLeader) -> None:
     desk.make_room(ROOM)
     asking = asyncio.create_task(desk.claim(WORKER, wait_seconds=30))
-    while not led.a.desk._parked:
+    while not led.a.desk.matching._parked:
         await asyncio.sleep(0.001)
     desk.make_room(NONE)
     asking.cancel()
     assert isinstance((await asyncio.gather(asking, return_exceptions=True))[0], asyncio.CancelledError)
     desk.make_room(ROOM)  # told to nobody: no claim is parked
     assert desk._telling is None
-    while led.a.desk._parked:
+    while led.a.desk.matching._parked:
         await submitted(led)
         await asyncio.sleep(0.001)
     assert led.a.desk.leases.by_job == {}

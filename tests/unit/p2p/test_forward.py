@@ -452,7 +452,7 @@ async def test_a_claim_may_wait_longer_than_other_requests(led: Boxes, monkeypat
     monkeypatch.setattr(forward, "WRITE_SECONDS", 0.05)
     monkeypatch.setattr(forward, "LATE_SECONDS", 0.05)
     asking = asyncio.create_task(led.b.ask("POST", "/worker/claim", CLAIM))
-    while not led.a.desk._parked:
+    while not led.a.desk.matching._parked:
         await asyncio.sleep(0.001)
     late = asyncio.get_running_loop().time() + 0.3
     while asyncio.get_running_loop().time() < late:
@@ -465,15 +465,15 @@ async def test_a_claim_may_wait_longer_than_other_requests(led: Boxes, monkeypat
 
 async def test_a_worker_that_hangs_up_is_given_nothing(led: Boxes) -> None:
     asking = asyncio.create_task(led.b.ask("POST", "/worker/claim", CLAIM))
-    while not led.a.desk._parked:
+    while not led.a.desk.matching._parked:
         await asyncio.sleep(0.001)
     asking.cancel()
-    parked = next(iter(led.a.desk._parked))
+    ((parked,),) = led.a.desk.matching._parked.values()
     while led.b.context.peers.session.connector._acquired:  # type: ignore[union-attr]
         await asyncio.sleep(0.01)
-    assert not parked.done()
+    assert not parked.future.done()
     assert (await led.a.ask("POST", "/jobs", JOB)).status == 201
-    while led.a.desk._parked:
+    while led.a.desk.matching._parked:
         await asyncio.sleep(0.001)
     assert led.queue.state.pending_total == 1
 
