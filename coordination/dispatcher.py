@@ -548,6 +548,7 @@ def _grace_ms(job: Mapping[str, Any]) -> int:
 
 _TOLD = (
     "token", "kind", "command", "params", "env", "cwd", "requires", "gpus", "timeout_seconds", "grace_seconds", "fence",
+    "checkpoint",
 )  # fmt: skip
 
 
@@ -568,6 +569,7 @@ def _for_worker(job: Claimed) -> dict[str, Any]:
         "timeout_seconds": job.timeout_ms / 1000 if job.timeout_ms else None,
         "grace_seconds": carried.get("grace_seconds", 30.0),
         "fence": carried.get("fence", "attempt"),
+        "checkpoint": json.loads(job.checkpoint) if job.checkpoint is not None else None,
     }
 
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from coordination.errors import InvalidInput
-from coordination.job import Argument, Closed, JobSpec, Number, Requires, Scalar, ShortWord, Whole
+from coordination.job import Argument, Closed, ExitCodes, JobSpec, Number, Requires, Scalar, ShortWord, Whole
 from coordination.validation import first_problem
 
 MAX_TIMEOUT_SECONDS = 3650 * 86_400  # ten years: long enough for "never", and milliseconds of it fit a database
@@ -49,6 +49,11 @@ class Kind(Closed):
     retry_backoff_seconds: Annotated[Number, Field(ge=0, le=600)] = 10.0
     grace_seconds: Annotated[Number, Field(ge=0, le=3600)] = 30.0
     env: dict[str, Argument] = Field(default_factory=dict)
+    preemptible: bool = Field(True, description="whether more urgent work may take its place; it is asked to end first")
+    no_retry_exit_codes: ExitCodes = Field(
+        default_factory=list,
+        description="exit codes that fail a job at once, whatever attempts are left; a-b = a range",
+    )
     populate: Populate | None = None
 
 

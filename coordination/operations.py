@@ -203,7 +203,7 @@ class Operations:
         record["env"] = {name: "***" if _SECRET.search(name) else value for name, value in record["env"].items()}
         state = record["state"]
         if state == "pending":
-            record["why_pending"] = self._desk.why_pending(record["requires"])
+            record["why_pending"] = self._desk.why_pending({**record["requires"], **record["placement_hints"]})
         elif state == "waiting":
             record["why_pending"] = _why_waiting(record, self._desk.now_ms())
         held = self._desk.leases.by_job.get(record["id"])

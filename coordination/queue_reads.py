@@ -214,8 +214,10 @@ class QueueReader:
 def _record(row: tuple[Any, ...]) -> dict[str, Any]:
     (_, job_id, kind, group, state, priority, requires, attempt, failures, max_attempts, *rest) = row
     (backoff, timeout, blockers, ready, created, claimed, started, finished, worker, gpus, *rest) = rest
-    (unique_key, reason, error, exit_code, token, spec, result) = rest
+    (unique_key, reason, error, exit_code, token, spec, result, no_retry, asked, checkpoint) = rest
     carried = json.loads(spec)
+    required = json.loads(asked or requires)
+    placed_by = json.loads(requires)
     return {
         "id": job_id,
         "kind": kind,
@@ -224,7 +226,8 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "group": group,
         "command": carried["command"],
         "params": carried.get("params", {}),
-        "requires": json.loads(requires),
+        "requires": required,
+        "placement_hints": {name: value for name, value in placed_by.items() if required.get(name) != value},
         "worker": worker,
         "attempt": attempt,
         "failed_attempts": failures,
@@ -233,6 +236,8 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "timeout_seconds": timeout / 1000 if timeout else None,
         "grace_seconds": carried.get("grace_seconds"),
         "fence": carried.get("fence", "attempt"),
+        "preemptible": carried.get("preemptible", True),
+        "no_retry_exit_codes": no_retry.split(",") if no_retry else [],
         "token": token,
         "gpus": json.loads(gpus) if gpus else [],
         "env": carried.get("env", {}),
@@ -249,4 +254,5 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "error": error,
         "exit_code": exit_code,
         "result": _json(result),
+        "checkpoint": _json(checkpoint),
     }

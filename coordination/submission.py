@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from coordination.commands import NewJob
 from coordination.errors import InvalidInput
-from coordination.job import MAX_BATCH_JOBS, MAX_JOB_BYTES, JobSpec
+from coordination.job import MAX_BATCH_JOBS, MAX_JOB_BYTES, JobSpec, exit_codes
 from coordination.kinds import Kinds
 from coordination.validation import first_problem, join
 
@@ -71,6 +71,8 @@ class Submission:
             carried["depends_on"] = spec.depends_on
         if spec.fence != "attempt":
             carried["fence"] = spec.fence
+        if not (spec.preemptible if spec.preemptible is not None else kind.preemptible):
+            carried["preemptible"] = False
         shape = requires.shape()
         if spec.nodes > 1:
             carried["nodes"] = spec.nodes
@@ -91,6 +93,9 @@ class Submission:
             unique_key=spec.unique_key,
             depends_on=tuple(spec.depends_on),
             spec=encoded,
+            no_retry=exit_codes(
+                spec.no_retry_exit_codes if spec.no_retry_exit_codes is not None else kind.no_retry_exit_codes
+            ),
         )
 
     def finish(self) -> tuple[NewJob, ...]:
