@@ -385,6 +385,6 @@ def test_an_attempt_that_was_preempted_is_not_spent(worker: Worker) -> None:
 def test_a_failure_with_a_bad_field_is_refused_by_name(worker: Worker, field: str, value: Any, words: str) -> None:
     job = worker.holding()
     status, told = worker.report("fail", job, error="x", **{field: value})
-    assert (status, told["field"]) == (400, field)
+    assert (status, told["field"]) == (422, field)
     assert words in told["detail"]
     assert worker.node.job(job["id"])["state"] == "claimed"
