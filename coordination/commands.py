@@ -2,7 +2,8 @@
 
 Everything undetermined is decided before a command is made and travels inside it: the time (`at_ms`, unix
 milliseconds), the ids, which job goes to which worker. Applying one is then the same computation on every voter.
-Wire form: a msgpack array ``[version, name, field, field, …]`` in the order of the dataclass.
+Wire form: a msgpack array ``[version, name, field, field, …]`` in the order of the dataclass. A field that comes later
+goes to the end and has a default, so that the entries of earlier builds can still be read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any, NamedTuple
 import msgpack
 
 COMMANDS_VERSION = 1
+UNSPENT = frozenset(
+    {"preempted", "drained"}
+)  # ends that were asked of a job for the sake of others: no attempt is spent
 
 
 class UnknownCommand(Exception):
@@ -34,6 +38,7 @@ class NewJob(NamedTuple):
     unique_key: str | None
     depends_on: tuple[str, ...]
     spec: bytes
+    no_retry: str = ""  # exit codes that fail it at once, see `job.exit_codes`
 
 
 class Pick(NamedTuple):
@@ -62,7 +67,9 @@ class AttemptDone(NamedTuple):
     exit_code: int | None
     retryable: bool
     started_ms: int  # 0 when the process never started
-    cause: str  # "exit", "timeout", "runner_lost", …: becomes part of the reason
+    cause: str  # "exit", "timeout", "runner_lost", …: becomes part of the reason. See `UNSPENT`
+    gpu_memory_mb: int = 0  # of the smallest GPU it had; 0 when it had none
+    checkpoint: bytes | None = None  # JSON, for the attempt that follows
 
 
 class Began(NamedTuple):
@@ -213,10 +220,40 @@ class MarkNode:
     reason: str
 
 
-Command = Submit | Claim | Begin | Finish | Expire | Release | Cancel | Retry | Wake | Clear | Prune | ForgetWorkers | ClaimGang | MarkNode
+Command = (
+    Submit
+    | Claim
+    | Begin
+    | Finish
+    | Expire
+    | Release
+    | Cancel
+    | Retry
+    | Wake
+    | Clear
+    | Prune
+    | ForgetWorkers
+    | ClaimGang
+    | MarkNode
+)
 _TYPES: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (Submit, Claim, Begin, Finish, Expire, Release, Cancel, Retry, Wake, Clear, Prune, ForgetWorkers, ClaimGang, MarkNode)
+    for kind in (
+        Submit,
+        Claim,
+        Begin,
+        Finish,
+        Expire,
+        Release,
+        Cancel,
+        Retry,
+        Wake,
+        Clear,
+        Prune,
+        ForgetWorkers,
+        ClaimGang,
+        MarkNode,
+    )
 }
 _ITEMS: dict[str, tuple[int, type[Any]]] = {
     "Submit": (1, NewJob),

@@ -20,8 +20,8 @@ from coordination.commands import Command
 from coordination.errors import OutcomeUnknown, Refused
 from coordination.events import Event, EventBus
 from coordination.events import EventType as E
-from coordination.kinds import Kinds
 from coordination.fleet import Fleet
+from coordination.kinds import Kinds
 from coordination.leases import Claimant, Held, LeaseTable, Notice, Signs, Verdict
 from coordination.matching import Matching, Room
 from coordination.placement import Scoring
@@ -115,9 +115,7 @@ class Dispatcher:
     async def _changed_lanes(self, limit: int, everything: bool) -> list[ReadyLane]:
         """Runs on the apply thread, between batches."""
         state = self._state
-        return await asyncio.wrap_future(
-            self._journal.query(lambda: state.changed_lanes(limit, everything=everything))
-        )
+        return await asyncio.wrap_future(self._journal.query(lambda: state.changed_lanes(limit, everything=everything)))
 
     @property
     def rooms(self) -> dict[str, Room]:
@@ -334,11 +332,7 @@ class Dispatcher:
 
     def _is_new_start(self, worker: str, beat: Beat) -> bool:
         held = self.leases.of(worker, beat.signs.job)
-        return (
-            held is not None
-            and held.attempt == beat.signs.attempt
-            and held.started_ms is None
-        )
+        return held is not None and held.attempt == beat.signs.attempt and held.started_ms is None
 
     async def describe(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
         """For a worker that has restarted: its attempts as it was told of them when it claimed them. Those that are
@@ -466,7 +460,13 @@ class Dispatcher:
         self.matching.bar(words)
 
     async def mark_node(
-        self, node: str, *, cordoned: bool | None = None, draining: bool | None = None, deadline_ms: int = 0, reason: str
+        self,
+        node: str,
+        *,
+        cordoned: bool | None = None,
+        draining: bool | None = None,
+        deadline_ms: int = 0,
+        reason: str,
     ) -> NodeMark | None:
         """Says what may be placed on a node; None leaves that as it is. Answers what is said of it now."""
         self.check_leads()
@@ -571,6 +571,7 @@ def _grace_ms(job: Mapping[str, Any]) -> int:
 
 _TOLD = (
     "token", "kind", "command", "params", "env", "cwd", "requires", "gpus", "timeout_seconds", "grace_seconds", "fence",
+    "checkpoint",
 )  # fmt: skip
 
 

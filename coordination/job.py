@@ -23,6 +23,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _LITERALS = re.compile(r"\\.|\[\^?\]?[^\]]*\]")
 _REPEATS = re.compile(r"[*+?{]")
 MAX_REPEATS = 4
+_EXIT_CODES = re.compile(r"([0-9]{1,3})(?:-([0-9]{1,3}))?")
 WORD = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
 
 
@@ -110,6 +111,35 @@ ShortWord = Annotated[str, Field(min_length=1, max_length=64, pattern=WORD)]
 Scalar = Annotated[Annotated[Text, Field(max_length=10_000)] | bool | int | float, AfterValidator(_fits_64_bits)]
 
 
+def exit_codes(codes: list[int | str]) -> str:
+    """``[2, "64-78"]`` as the queue keeps it: ``"2,64-78"``, in order. Raises ValueError with a sentence."""
+    spans = []
+    for code in codes:
+        text = str(code).strip()
+        match = _EXIT_CODES.fullmatch(text)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high <= 255:
+            raise ValueError(f"{text[:20]!r} is neither an exit code (1 to 255) nor a range of them such as '64-78'")
+        spans.append((low, high))
+    return ",".join(f"{low}-{high}" if low < high else str(low) for low, high in sorted(set(spans)))
+
+
+def is_exit_code_of(codes: str, exit_code: int | None) -> bool:
+    """Whether `exit_code` is one of those that `exit_codes` has written."""
+    if not codes or exit_code is None:
+        return False
+    spans = (span.partition("-") for span in codes.split(","))
+    return any(int(low) <= exit_code <= int(high or low) for low, _, high in spans)
+
+
+def _exit_codes(value: list[int | str]) -> list[int | str]:
+    exit_codes(value)
+    return value
+
+
+ExitCodes = Annotated[list[Whole | str], Field(max_length=64), AfterValidator(_exit_codes)]
+
+
 class Closed(BaseModel):
     """Base of every body we accept: strict types, unknown fields refused, infinities refused, immutable."""
 
@@ -135,11 +165,18 @@ class Requires(Closed):
         default_factory=dict, max_length=32, description="labels the node must carry"
     )
     node: ShortWord | None = Field(None, description="the id of the only node that may run it")
+    not_labels: dict[ShortWord, Annotated[str, Field(max_length=200)]] = Field(
+        default_factory=dict, max_length=32, description="labels the node must not carry with these values"
+    )
+    anti_affinity: ShortWord | None = Field(None, description="at most one job in progress with this word on a node")
 
     @model_validator(mode="after")
     def _share_is_of_one_gpu(self) -> Requires:
         if self.gpu_share < 1 and self.gpus != 1:
             raise ValueError("gpu_share: below 1 it needs gpus: 1")
+        for name, value in self.not_labels.items():
+            if self.labels.get(name) == value:
+                raise ValueError(f"not_labels: {name}={value} is asked for in labels as well: no node could have it")
         return self
 
     def demands(self) -> dict[str, Any]:
@@ -167,6 +204,8 @@ class JobSpec(Closed):
     cwd: Annotated[Text, Field(min_length=1, max_length=4096)] | None = None
     grace_seconds: Annotated[Number, Field(ge=0, le=3600)] | None = None
     fence: Literal["attempt", "strict"] = "attempt"
+    preemptible: bool | None = None
+    no_retry_exit_codes: ExitCodes | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> JobSpec:

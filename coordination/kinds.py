@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from coordination.errors import InvalidInput
-from coordination.job import Argument, Closed, JobSpec, Number, Requires, Scalar, ShortWord, Whole
+from coordination.job import Argument, Closed, ExitCodes, JobSpec, Number, Requires, Scalar, ShortWord, Whole
 from coordination.validation import first_problem
 
 MAX_TIMEOUT_SECONDS = 3650 * 86_400  # ten years: long enough for "never", and milliseconds of it fit a database
@@ -54,6 +54,11 @@ class Kind(Closed):
     )
     floor: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None, description="part of all use below which this kind goes before the others of its group"
+    )
+    preemptible: bool = Field(True, description="whether more urgent work may take its place; it is asked to end first")
+    no_retry_exit_codes: ExitCodes = Field(
+        default_factory=list,
+        description="exit codes that fail a job at once, whatever attempts are left; a-b = a range",
     )
     populate: Populate | None = None
 

@@ -52,3 +52,9 @@ def lane_key(text: str) -> LaneKey:
 def shown_requires(text: str) -> dict[str, Any]:
     """The requirements as people see them."""
     return {name: value for name, value in json.loads(text).items() if name not in _OWN}
+
+
+def shown_hints(text: str) -> dict[str, Any]:
+    """What failed attempts have taught: which workers it keeps away from, how large its GPUs must be."""
+    told = json.loads(text)
+    return {name: told[name] for name in HINTS if name in told}

@@ -402,6 +402,7 @@ def for_worker(job: Claimed, gpus: Iterable[str]) -> dict[str, Any]:
         "timeout_seconds": job.timeout_ms / 1000 if job.timeout_ms else None,
         "grace_seconds": carried.get("grace_seconds", 30.0),
         "fence": carried.get("fence", "attempt"),
+        "checkpoint": json.loads(job.checkpoint) if job.checkpoint is not None else None,
     }
 
 

@@ -2,8 +2,8 @@
 
 -- name: insert_job | a new job
 INSERT INTO jobs (seq, id, kind, grp, state, priority, shape, max_attempts, backoff_ms, timeout_ms, blockers, ready_ms,
-                  moves, created_ms, unique_key, reason, spec)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?, ?, ?)
+                  moves, created_ms, unique_key, reason, spec, no_retry)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?)
 
 -- name: insert_history | one transition
 INSERT INTO history (seq, n, at_ms, state, attempt, worker, reason) VALUES (?, ?, ?, ?, ?, ?, ?)
@@ -26,7 +26,7 @@ SELECT id FROM jobs WHERE unique_key = ? AND state IN ('waiting', 'pending', 'cl
 UPDATE jobs SET state = 'claimed', attempt = attempt + 1, token = ?, worker = ?, gpus = ?, claimed_ms = ?,
                 started_ms = NULL, finished_ms = NULL, exit_code = NULL, moves = moves + 1, reason = NULL
 WHERE seq = ? AND state = 'pending'
-RETURNING id, kind, grp, shape, attempt, timeout_ms, moves, spec, priority
+RETURNING id, kind, grp, shape, attempt, timeout_ms, moves, spec, priority, checkpoint
 
 -- name: insert_member | one rank of a gang's new attempt
 INSERT INTO members VALUES (?, ?, ?, ?, ?, 'claimed', NULL, NULL)
@@ -65,8 +65,9 @@ SELECT node, cordoned, draining, deadline_ms, since_ms, reason FROM nodes ORDER 
 UPDATE jobs SET state = 'running', started_ms = ?, moves = moves + 1 WHERE seq = ?
 
 -- name: end_job | completed, failed or cancelled
-UPDATE jobs SET state = ?, finished_ms = ?, started_ms = coalesce(started_ms, ?), result = ?, error = ?, exit_code = ?,
-                failures = ?, reason = ?, moves = ? WHERE seq = ?
+UPDATE jobs SET state = ?1, finished_ms = ?2, started_ms = coalesce(started_ms, ?3), result = ?4, error = ?5,
+                exit_code = ?6, failures = ?7, reason = ?8, moves = ?9,
+                checkpoint = iif(?1 = 'completed', NULL, checkpoint) WHERE seq = ?10
 
 -- name: requeue_job | back to pending or waiting
 UPDATE jobs SET state = ?, ready_ms = ?, failures = ?, error = coalesce(?, error), exit_code = ?, reason = ?,
@@ -75,6 +76,15 @@ UPDATE jobs SET state = ?, ready_ms = ?, failures = ?, error = coalesce(?, error
 -- name: restart_job | a retry by hand: all attempts anew
 UPDATE jobs SET state = ?, ready_ms = 0, failures = 0, blockers = ?, error = NULL, exit_code = NULL,
                 result = NULL, finished_ms = NULL, worker = NULL, gpus = NULL, reason = ?, moves = ? WHERE seq = ?
+
+-- name: leave_checkpoint | what an attempt that did not complete leaves to the next one
+UPDATE jobs SET checkpoint = ? WHERE seq = ?
+
+-- name: job_hints | what decides whether and where a failed job is tried again
+SELECT no_retry, asked, failed_on FROM jobs WHERE seq = ?
+
+-- name: reshape_job | other requirements: its author's with hints for placement, or its author's again
+UPDATE jobs SET shape = ?, asked = ?, failed_on = ? WHERE seq = ?
 
 -- name: due_jobs | waiting jobs whose time has come
 SELECT seq FROM jobs INDEXED BY jobs_due WHERE state = 'waiting' AND blockers = 0 AND ready_ms <= ?
@@ -129,7 +139,7 @@ WHERE j.state = ? AND coalesce(m.state, '') <> 'ended' ORDER BY j.seq, m.rank
 -- name: job_record | everything about one job
 SELECT seq, id, kind, grp, state, priority, (SELECT requires FROM shapes s WHERE s.shape = j.shape), attempt, failures,
        max_attempts, backoff_ms, timeout_ms, blockers, ready_ms, created_ms, claimed_ms, started_ms, finished_ms, worker,
-       gpus, unique_key, reason, error, exit_code, token, spec, result
+       gpus, unique_key, reason, error, exit_code, token, spec, result, no_retry, asked, checkpoint
 FROM jobs j WHERE id = ?
 
 -- name: job_history | its story

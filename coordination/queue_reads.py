@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import apsw
 
-from coordination.lane import shown_requires
+from coordination.lane import shown_hints, shown_requires
 from coordination.sql import statements
 
 MAX_PAGE = 1_000
@@ -247,8 +247,10 @@ class QueueReader:
 def _record(row: tuple[Any, ...]) -> dict[str, Any]:
     (_, job_id, kind, group, state, priority, requires, attempt, failures, max_attempts, *rest) = row
     (backoff, timeout, blockers, ready, created, claimed, started, finished, worker, gpus, *rest) = rest
-    (unique_key, reason, error, exit_code, token, spec, result) = rest
+    (unique_key, reason, error, exit_code, token, spec, result, no_retry, asked, checkpoint) = rest
     carried = json.loads(spec)
+    required = shown_requires(asked or requires)
+    hints = shown_hints(requires)
     return {
         "id": job_id,
         "kind": kind,
@@ -257,7 +259,8 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "group": group,
         "command": carried["command"],
         "params": carried.get("params", {}),
-        "requires": shown_requires(requires),
+        "requires": required,
+        "placement_hints": hints,
         "nodes": carried.get("nodes", 1),
         "worker": worker,
         "attempt": attempt,
@@ -267,6 +270,8 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "timeout_seconds": timeout / 1000 if timeout else None,
         "grace_seconds": carried.get("grace_seconds"),
         "fence": carried.get("fence", "attempt"),
+        "preemptible": carried.get("preemptible", True),
+        "no_retry_exit_codes": no_retry.split(",") if no_retry else [],
         "token": token,
         "gpus": json.loads(gpus) if gpus else [],
         "env": carried.get("env", {}),
@@ -283,4 +288,5 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "error": error,
         "exit_code": exit_code,
         "result": _json(result),
+        "checkpoint": _json(checkpoint),
     }

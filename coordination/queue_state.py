@@ -22,17 +22,19 @@ from coordination import commands as c
 from coordination.errors import Refused
 from coordination.events import Event
 from coordination.events import EventType as E
-from coordination.job import FINISHED, IN_PROGRESS, NOT_STARTED, JobState
+from coordination.job import FINISHED, IN_PROGRESS, NOT_STARTED, JobState, is_exit_code_of
 from coordination.lane import Head
 from coordination.retry import MAX_BACKOFF_MS, backoff_ms
-from coordination.sql import schema, statements
+from coordination.sql import migrations, schema, statements
 
 S = JobState
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MARK_EVERY = 1024  # entries between two marks by which voters compare their states
-DIGEST_RULES = 1  # one more whenever `_tell` or `_apply` sums up something else: then builds are not comparable
+DIGEST_RULES = 2  # one more whenever `_tell` or `_apply` sums up something else: then builds are not comparable
 MAX_HISTORY = 100  # transitions kept of one job; its first ten stay for ever
 MAX_ERROR_CHARS = 8_000
+MAX_AVOIDED = 3  # workers that a failed job keeps away from
+MAX_HINTED_SHAPES = 1_000  # beyond so many shapes a failed job gets no hints: what placement costs depends on shapes
 CLOCK_STEP_MS = 60_000  # nodes whose clocks differ by 30 s are refused (DESIGN §3), so this is no disagreement
 MAX_KEYS = 500_000
 KEY_AGE_MS = 86_400_000
@@ -73,8 +75,9 @@ class Claimed(NamedTuple):
     gpus: str | None
     spec: bytes
     requires: str  # its lane's text
-    seq: int = 0
-    priority: int = 0
+    checkpoint: bytes | None  # JSON
+    seq: int
+    priority: int
 
 
 class ReadyLane(NamedTuple):
@@ -103,6 +106,12 @@ class _Row(NamedTuple):
     blockers: int
 
 
+class _Hints(NamedTuple):
+    no_retry: str
+    asked: str | None
+    failed_on: str | None
+
+
 class QueueState:
     """Owns the tables of ``schema.sql`` on one writing connection. Not thread-safe: one thread applies."""
 
@@ -128,9 +137,8 @@ class QueueState:
                     "INSERT INTO meta VALUES ('schema', ?), ('applied', 0), ('term', 0), ('now', 0), ('seq', 0)",
                     (SCHEMA_VERSION,),
                 )
+        self._migrate()
         meta = {str(key): int(cast(int, value)) for key, value in self._run("SELECT key, value FROM meta")}
-        if meta["schema"] != SCHEMA_VERSION:
-            raise Refused(409, f"{path} has queue schema {meta['schema']}; this build reads {SCHEMA_VERSION}")
         self._q = statements()
         self.applied_index = self._index = meta["applied"]  # committed to the file; and of the entry in hand
         self.applied_term = self._term = meta["term"]
@@ -143,6 +151,9 @@ class QueueState:
             str(r): int(cast(int, s)) for s, r in self._run("SELECT shape, requires FROM shapes")
         }
         self._requires: dict[int, str] = {shape: requires for requires, shape in self._shapes.items()}
+        self._of_shape: dict[int, int] = {
+            int(cast(int, s)): int(cast(int, n)) for s, n in self._run("SELECT shape, jobs FROM shapes")
+        }
         self._ready: dict[int, int] = {
             int(cast(int, s)): int(cast(int, n)) for s, n in self._run("SELECT shape, n FROM shape_counts")
         }
@@ -169,6 +180,18 @@ class QueueState:
             c.ClaimGang: self._on_claim_gang,
             c.MarkNode: self._on_mark_node,
         }
+
+    def _migrate(self) -> None:
+        """Takes a file of an earlier build over, step by step. Raises Refused for one of a later build."""
+        version = int(_single(self._run("SELECT value FROM meta WHERE key = 'schema'")))
+        steps = migrations()
+        if version > SCHEMA_VERSION or any(step not in steps for step in range(version + 1, SCHEMA_VERSION + 1)):
+            raise Refused(409, f"{self._path} has queue schema {version}; this build reads {SCHEMA_VERSION}")
+        if version < SCHEMA_VERSION:
+            with self._db:
+                for step in range(version + 1, SCHEMA_VERSION + 1):
+                    self._run(steps[step])
+                self._run("UPDATE meta SET value = ? WHERE key = 'schema'", (SCHEMA_VERSION,))
 
     def _count(self, state: str) -> int:
         row = self._run("SELECT coalesce(sum(n), 0) FROM counts WHERE state = ?", (state,)).fetchone()
@@ -329,6 +352,36 @@ class QueueState:
         self._ready_changed.add(shape)
         self.pending_total += n
 
+    def _take_shape(self, requires: str) -> int:
+        """The shape of these requirements, which has one job more from now on."""
+        shape = self._shapes.get(requires)
+        if shape is None:
+            shape = max(self._requires, default=0) + 1
+            self._run("INSERT INTO shapes VALUES (?, ?, 0)", (shape, requires))
+            self._shapes[requires] = shape
+            self._requires[shape] = requires
+            self._of_shape[shape] = 0
+        self._shape_jobs[shape] += 1
+        self._of_shape[shape] += 1
+        return shape
+
+    def _leave_shape(self, shape: int) -> None:
+        """One job less has this shape; it goes with the last of them."""
+        self._shape_jobs[shape] -= 1
+        self._of_shape[shape] -= 1
+        if not self._of_shape[shape]:
+            del self._shape_jobs[shape], self._of_shape[shape], self._shapes[self._requires.pop(shape)]
+            self._run("DELETE FROM shapes WHERE shape = ?", (shape,))
+
+    def _reshape(self, row: _Row, requires: str, *, asked: str | None, failed_on: str | None) -> _Row:
+        """The job with other requirements; `asked` is what its author required, None when that is what it has again.
+        Only for a job that is not pending: those are counted by shape."""
+        assert row.state != S.PENDING, f"job {row.id} is pending"
+        shape = self._take_shape(requires)
+        self._leave_shape(row.shape)
+        self._run(self._q["reshape_job"], (shape, asked, failed_on, row.seq))
+        return row._replace(shape=shape)
+
     def _book(self, worker: str, column: int) -> None:
         """One more completed (0), failed (1) or claimed (2) in a worker's books."""
         book = self._workers[worker]
@@ -405,13 +458,7 @@ class QueueState:
     def _insert(self, job: c.NewJob) -> None:
         self._seq += 1
         seq = self._seq
-        shape = self._shapes.get(job.requires)
-        if shape is None:
-            shape = max(self._requires, default=0) + 1
-            self._run("INSERT INTO shapes VALUES (?, ?, 0)", (shape, job.requires))
-            self._shapes[job.requires] = shape
-            self._requires[shape] = job.requires
-        self._shape_jobs[shape] += 1
+        shape = self._take_shape(job.requires)
         broken, waits = self._dependencies(job.depends_on)
         blockers = 0
         state, reason = S.PENDING, None
@@ -441,6 +488,7 @@ class QueueState:
                 job.unique_key,
                 reason,
                 job.spec,
+                job.no_retry,
             ),
         )
         self._moved(
@@ -509,7 +557,7 @@ class QueueState:
             )
             if row is None:
                 continue
-            job_id, kind, group, shape, attempt, timeout_ms, moves, spec, priority = row
+            job_id, kind, group, shape, attempt, timeout_ms, moves, spec, priority, checkpoint = row
             self._moved(
                 seq=pick.seq,
                 n=moves,
@@ -525,10 +573,8 @@ class QueueState:
             self._book(worker, 2)
             gang = {"workers": workers} if workers else {}
             self._tell(E.WORK_CLAIMED, job_id, kind, attempt=attempt, worker=worker, timeout_ms=timeout_ms, **gang)
-            requires = self._requires[shape]
-            claimed.append(
-                Claimed(job_id, kind, attempt, index, timeout_ms, pick.gpus, spec, requires, pick.seq, priority)
-            )
+            told = (job_id, kind, attempt, index, timeout_ms, pick.gpus, spec, self._requires[shape], checkpoint)
+            claimed.append(Claimed(*told, pick.seq, priority))
         return claimed
 
     def _on_claim_gang(self, index: int, command: c.ClaimGang) -> Claimed | None:
@@ -540,9 +586,7 @@ class QueueState:
             return None
         self._run("DELETE FROM members WHERE seq = ?", (command.seq,))
         for rank, member in enumerate(command.members):
-            self._run(
-                self._q["insert_member"], (command.seq, rank, claimed[0].attempt, member.worker, member.gpus)
-            )
+            self._run(self._q["insert_member"], (command.seq, rank, claimed[0].attempt, member.worker, member.gpus))
             if rank:
                 self._book(member.worker, 2)
         return claimed[0]
@@ -607,6 +651,11 @@ class QueueState:
         rank, state = member
         if state == "ended":
             return None  # its report comes again
+        if not item.ok and item.checkpoint is not None:
+            self._run(self._q["leave_checkpoint"], (item.checkpoint, row.seq))
+        if not item.ok and item.cause in c.UNSPENT:
+            self._release(row, item.cause)
+            return None
         self._book(item.worker, 0 if item.ok else 1)
         result = item.result
         if item.ok and rank >= 0:
@@ -629,15 +678,33 @@ class QueueState:
             self._tell(E.WORK_COMPLETED, row.id, row.kind, attempt=row.attempt, worker=row.worker)
         else:
             error = item.error or "failed"
-            if rank >= 0:
-                error = f"rank {rank} on {item.worker}: {error}"
-            self._attempt_failed(row, error, item.exit_code, item.retryable, item.cause, item.result)
+            self._attempt_failed(
+                row,
+                f"rank {rank} on {item.worker}: {error}" if rank >= 0 else error,
+                item.exit_code,
+                item.retryable,
+                item.cause,
+                item.result,
+                gpu_memory_mb=item.gpu_memory_mb,
+            )
         return None
 
     def _attempt_failed(
-        self, row: _Row, error: str, exit_code: int | None, retryable: bool, cause: str, result: bytes | None
+        self,
+        row: _Row,
+        error: str,
+        exit_code: int | None,
+        retryable: bool,
+        cause: str,
+        result: bytes | None,
+        *,
+        gpu_memory_mb: int = 0,
     ) -> None:
         """Spends one attempt: back with backoff while any is left, else failed for good."""
+        hints = _Hints(*cast(Any, self._run(self._q["job_hints"], (row.seq,)).fetchone()))
+        if cause == "exit" and is_exit_code_of(hints.no_retry, exit_code):
+            retryable, cause = False, f"exit: code {exit_code} is not retried"
+            error = f"{error[: MAX_ERROR_CHARS - 200]} (exit code {exit_code} is one of no_retry_exit_codes)"
         error = error[:MAX_ERROR_CHARS]
         failures = row.failures + 1
         told = {"attempt": row.attempt, "worker": row.worker, "error": error, "exit_code": exit_code, "cause": cause}
@@ -645,12 +712,27 @@ class QueueState:
             self._tell(E.WORK_TIMEOUT, row.id, row.kind, **told)
         if retryable and failures < row.max_attempts:
             wait = backoff_ms(row.backoff_ms, failures, row.id)
+            row = self._hint(row, hints, gpu_memory_mb if cause == "cuda_oom" else 0)
             self._requeue(row, wait=wait, failures=failures, error=error, exit_code=exit_code, reason=f"retry: {cause}")
             self._tell(E.WORK_RETRIED, row.id, row.kind, **told, backoff_seconds=wait / 1000)
             self._minutes[(self.now_ms // 60_000, row.kind, "retried")] += 1
         else:
             self._end(row, S.FAILED, error=error, exit_code=exit_code, failures=failures, reason=cause, result=result)
             self._tell(E.WORK_FAILED, row.id, row.kind, **told)
+
+    def _hint(self, row: _Row, hints: _Hints, above_mb: int) -> _Row:
+        """The job with requirements that lead its next attempt elsewhere: away from the workers where it failed, and,
+        with `above_mb`, to GPUs of more memory than that. Where nothing satisfies them, placement passes over them."""
+        if row.worker is None or len(self._requires) >= MAX_HINTED_SHAPES:
+            return row
+        before = json.loads(hints.failed_on) if hints.failed_on else []
+        failed_on = [*(worker for worker in before if worker != row.worker), row.worker][-MAX_AVOIDED:]
+        shape = json.loads(self._requires[row.shape])
+        asked = hints.asked or self._requires[row.shape]
+        shape["avoid"] = sorted(failed_on)
+        if above_mb > shape.get("gpu_memory_above_mb", 0):
+            shape["gpu_memory_above_mb"] = above_mb
+        return self._reshape(row, _canonical(shape), asked=asked, failed_on=json.dumps(failed_on))
 
     def _requeue(
         self, row: _Row, *, wait: int, failures: int, error: str | None, exit_code: int | None, reason: str
@@ -819,7 +901,9 @@ class QueueState:
         row = self._row(command.id)
         if row is None or row.state not in (S.FAILED, S.CANCELLED):
             return _not_now(row, command.id, "retried", "failed or cancelled")
-        key, spec = cast(Any, self._run("SELECT unique_key, spec FROM jobs WHERE seq = ?", (row.seq,)).fetchone())
+        key, spec, asked = cast(
+            Any, self._run("SELECT unique_key, spec, asked FROM jobs WHERE seq = ?", (row.seq,)).fetchone()
+        )
         holder = self._run(self._q["unfinished_by_key"], (key,)).fetchone() if key else None
         if holder is not None:
             return Refused(409, f"its unique_key {key!r} is held by the unfinished job {holder[0]}", field="unique_key")
@@ -828,6 +912,8 @@ class QueueState:
             return Refused(409, f"its dependency {broken.id} is {broken.state}; retry that first", field="depends_on")
         state = S.WAITING if waits else S.PENDING
         blockers = self._wait_for(row.seq, waits)
+        if asked is not None:
+            row = self._reshape(row, asked, asked=None, failed_on=None)
         self._run(self._q["restart_job"], (state.value, blockers, "retried by hand", row.moves + 1, row.seq))
         self._moved(
             seq=row.seq,
@@ -894,10 +980,9 @@ class QueueState:
         for seq, _ in sorted(old, key=lambda item: (item[1], item[0]))[: command.limit]:
             row = self._row_by_seq(seq)
             self._counts[(row.state, row.kind, row.group)] -= 1
-            self._shape_jobs[row.shape] -= 1
+            self._leave_shape(row.shape)
             for statement in ("jobs", "history", "deps", "members"):
                 self._run(f"DELETE FROM {statement} WHERE seq = ?", (seq,))  # noqa: S608 - four literals
-        self._forget_unused_shapes()
         self._run("DELETE FROM keys WHERE at_ms < ?", (self.now_ms - KEY_AGE_MS,))
         self._run(self._q["keys_beyond"], (MAX_KEYS,))
         self._run("DELETE FROM minutes WHERE minute < ?", (self.now_ms // 60_000 - 1_500,))
@@ -914,15 +999,6 @@ class QueueState:
             found = self._run(self._q["done_before"], (state, 1 << 62, excess + len(taken))).fetchall()
             oldest.extend(item for item in cast(list[tuple[int, int]], found) if item[0] not in taken)
         return sorted(oldest, key=lambda item: (item[1], item[0]))[:excess]
-
-    def _forget_unused_shapes(self) -> None:
-        """Of the shapes that just lost a job, those that no job has any more."""
-        gone = [shape for shape, n in self._shape_jobs.items() if n < 0]
-        self._flush()
-        for shape in gone:
-            self._run("DELETE FROM shapes WHERE shape = ? AND jobs = 0", (shape,))
-            if self._db.changes():
-                del self._shapes[self._requires.pop(shape)]
 
     def _on_forget_workers(self, index: int, command: c.ForgetWorkers) -> int:
         self._flush()
@@ -948,6 +1024,11 @@ class QueueState:
 
 def _single(cursor: apsw.Cursor) -> Any:
     return cast(Any, cursor.fetchone())[0]
+
+
+def _canonical(requires: dict[str, Any]) -> str:
+    """The identity of a shape, as `Requires.shape` writes it."""
+    return json.dumps(requires, sort_keys=True, separators=(",", ":"))
 
 
 def _renamed(job: c.NewJob, instead: dict[str, str]) -> c.NewJob:

@@ -1,5 +1,6 @@
 -- The queue's tables. Only coordination/queue_state.py writes them, one journal entry at a time.
 -- Times are unix milliseconds; `seq` is the order of submission and is never reused.
+-- A change here is a new version (`queue_state.SCHEMA_VERSION`) and a step in migrations.sql; new columns go to the end.
 
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 
@@ -35,7 +36,11 @@ CREATE TABLE jobs (
     error        TEXT,
     exit_code    INTEGER,
     spec         BLOB NOT NULL,                -- JSON: command, env, cwd, params, … as resolved at submit
-    result       BLOB                          -- JSON
+    result       BLOB,                         -- JSON
+    no_retry     TEXT NOT NULL DEFAULT '',     -- exit codes that fail it at once: '2,64-78'
+    asked        TEXT,                         -- what its author required, where `shape` has come to add hints to that
+    failed_on    TEXT,                         -- JSON list of the last workers that an attempt failed on, oldest first
+    checkpoint   BLOB                          -- JSON: what its newest attempt left to the one that follows
 );
 
 -- One partial index per question the queue is asked, so that a row pays only for the state it is in.

@@ -1,6 +1,9 @@
 """Placeholder."""
+
 from __future__ import annotations
+
 from collections.abc import Sequence
+
 from coordination.placement import Need, Node, Scoring, closest
 
 

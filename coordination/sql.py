@@ -8,6 +8,7 @@ from functools import cache
 from importlib import resources
 
 _NAME = re.compile(r"^-- name: (\w+)", re.MULTILINE)
+_TO = re.compile(r"^-- to: (\d+)$", re.MULTILINE)
 
 
 @cache
@@ -21,6 +22,14 @@ def statements() -> dict[str, str]:
         assert name not in named, f"queries.sql names {name} twice"
         named[name] = " ".join(statement.split())
     return named
+
+
+@cache
+def migrations() -> dict[int, str]:
+    """Version -> the script that leads to it from the one before."""
+    text = resources.files("coordination").joinpath("migrations.sql").read_text(encoding="utf-8")
+    parts = _TO.split(text)[1:]
+    return {int(version): script for version, script in zip(parts[::2], parts[1::2], strict=True)}
 
 
 @cache

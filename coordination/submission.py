@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from coordination.commands import NewJob
 from coordination.errors import InvalidInput
-from coordination.job import MAX_BATCH_JOBS, MAX_JOB_BYTES, JobSpec
+from coordination.job import MAX_BATCH_JOBS, MAX_JOB_BYTES, JobSpec, exit_codes
 from coordination.kinds import Kinds
 from coordination.lane import LaneKey, lane_text
 from coordination.validation import first_problem, join
@@ -72,11 +72,14 @@ class Submission:
             carried["depends_on"] = spec.depends_on
         if spec.fence != "attempt":
             carried["fence"] = spec.fence
+        preemptible = spec.preemptible if spec.preemptible is not None else kind.preemptible
+        if not preemptible:
+            carried["preemptible"] = False
         if spec.nodes > 1:
             carried["nodes"] = spec.nodes
         timeout_ms = max(round(timeout * 1000), 1) if timeout is not None else 0  # 0 means: none
         bound_ms = timeout_ms + round(carried["grace_seconds"] * 1000) if timeout_ms else 0
-        key = LaneKey(spec.group, name, bound_ms)
+        key = LaneKey(spec.group, name, bound_ms, preemptible)
         shape = lane_text(requires.demands(), key, nodes=spec.nodes, prefer=kind.prefer)
         encoded = json.dumps(carried, separators=(",", ":")).encode()
         if len(encoded) > MAX_JOB_BYTES:
@@ -94,6 +97,9 @@ class Submission:
             unique_key=spec.unique_key,
             depends_on=tuple(spec.depends_on),
             spec=encoded,
+            no_retry=exit_codes(
+                spec.no_retry_exit_codes if spec.no_retry_exit_codes is not None else kind.no_retry_exit_codes
+            ),
         )
 
     def finish(self) -> tuple[NewJob, ...]:

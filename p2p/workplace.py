@@ -7,6 +7,7 @@ it is run is the runner's.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,11 +23,15 @@ from coordination.placement import Offer, Shape, take, with_defaults
 from coordination.validation import MAX_DEPTH, nested_deeper
 from p2p.runner.client import StartSpec
 
+log = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parent.parent
 # The cluster secret and the node's own settings are not a job's business (DESIGN §4).
 _HIDDEN = re.compile(r"^(RINGRIFT_CLUSTER_AUTH_TOKEN|P2P_)")
 MAX_RESULT_BYTES = 1 << 20
 MAX_PROGRESS_BYTES = 64 << 10
+MAX_CHECKPOINT_BYTES = 64 << 10
+CHECKPOINT_FILE = "checkpoint.json"
 YOUNGEST_SECONDS = 60.0  # a younger folder may be of a job that is just being started
 Key = tuple[str, int]
 
@@ -122,6 +127,11 @@ class Workplace:
             log_cap_bytes=log_cap_bytes,
         )
 
+    def smallest_gpu_mb(self, job: LocalJob) -> int:
+        """The memory of the smallest GPU that this job was given; 0 if it had none."""
+        mine = set(job.description.get("gpus", ()))
+        return min((gpu.memory_mb for gpu in self.total.gpus if gpu.uuid in mine), default=0)
+
     def prune(self, keep: int, hours: float) -> int:
         """Deletes the folders of ended attempts that are too old or too many; how many. Touches the disk a lot."""
         busy = {job.folder.name for job in list(self.jobs.values())}
@@ -163,6 +173,21 @@ def _gang_environment(told: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def leave_checkpoints(jobs: list[LocalJob]) -> None:
+    """Puts what an earlier attempt of each of these jobs left into its folder, before its process is started. One that
+    cannot be written is left out: the runner, which writes there next, says why. Blocks."""
+    for job in jobs:
+        try:
+            job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path, written = job.folder / CHECKPOINT_FILE, job.folder / f"{CHECKPOINT_FILE}.new"
+            if path.exists():
+                continue  # this attempt was begun before: it may have written one of its own since
+            written.write_text(json.dumps(job.description["checkpoint"]), encoding="utf-8")
+            written.rename(path)
+        except OSError as error:
+            log.warning("the checkpoint of %s could not be put into its folder: %s", job.id, error)
+
+
 def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The node's environment without its secrets, in which ``python`` is the node's Python and this project's packages
     can be imported from any folder. Unbuffered, so that a job's output is a sign of life as it happens."""
@@ -171,6 +196,23 @@ def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(ROOT)]))
     env.setdefault("PYTHONUNBUFFERED", "1")
     return env
+
+
+def read_end(path: Path, most: int) -> str:
+    """The last bytes of a plain file as text; nothing if there is none to read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            return ""
+        return os.pread(handle, most, max(status.st_size - most, 0)).decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path, limit: int) -> bytes | None:

@@ -18,7 +18,7 @@ from coordination.placement import GpuOffer, Offer
 from p2p.api.bodies import check_query, read_model, read_object, validate
 from p2p.api.context import answer, context
 from p2p.api.errors import Problem
-from p2p.workplace import MAX_PROGRESS_BYTES, MAX_RESULT_BYTES
+from p2p.workplace import MAX_CHECKPOINT_BYTES, MAX_PROGRESS_BYTES, MAX_RESULT_BYTES
 
 routes = web.RouteTableDef()
 
@@ -101,6 +101,8 @@ class FailBody(Closed):
     retryable: bool = True
     started_at: Number | None = Field(None, ge=0, le=32_503_680_000)
     cause: Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")] = "exit"
+    gpu_memory_mb: Whole = Field(0, ge=0, le=10_000_000, description="of the smallest GPU it had; 0 = it had none")
+    checkpoint: Any = None
 
 
 class Completions(Closed):
@@ -191,7 +193,7 @@ async def _finish(
     batch = "items" in body
     reports: Sequence[CompleteBody | FailBody]
     reports = validate(many, body).items if batch else [validate(one, body)]
-    items = tuple(_done(report, f"items[{n}].result" if batch else "result") for n, report in enumerate(reports))
+    items = tuple(_done(report, f"items[{n}]." if batch else "") for n, report in enumerate(reports))
     answers = await context(request).dispatcher.finish(items)
     if batch:
         told = [_told(item, refused) for item, refused in zip(items, answers, strict=True)]
@@ -201,19 +203,33 @@ async def _finish(
     return answer(request, {"id": items[0].id, "attempt": items[0].attempt, "status": 200})
 
 
-def _done(report: CompleteBody | FailBody, field: str) -> AttemptDone:
-    ok = isinstance(report, CompleteBody)
+def _done(report: CompleteBody | FailBody, prefix: str) -> AttemptDone:
+    if isinstance(report, CompleteBody):
+        return AttemptDone(
+            id=report.id,
+            attempt=report.attempt,
+            worker=report.worker,
+            ok=True,
+            result=_json_bytes(f"{prefix}result", report.result, MAX_RESULT_BYTES),
+            error=None,
+            exit_code=report.exit_code,
+            retryable=True,
+            started_ms=_ms(report.started_at),
+            cause="exit",
+        )
     return AttemptDone(
         id=report.id,
         attempt=report.attempt,
         worker=report.worker,
-        ok=ok,
-        result=_json_bytes(field, report.result, MAX_RESULT_BYTES) if isinstance(report, CompleteBody) else None,
-        error=None if isinstance(report, CompleteBody) else report.error,
+        ok=False,
+        result=None,
+        error=report.error,
         exit_code=report.exit_code,
-        retryable=True if isinstance(report, CompleteBody) else report.retryable,
+        retryable=report.retryable,
         started_ms=_ms(report.started_at),
-        cause="exit" if isinstance(report, CompleteBody) else report.cause,
+        cause=report.cause,
+        gpu_memory_mb=report.gpu_memory_mb,
+        checkpoint=_json_bytes(f"{prefix}checkpoint", report.checkpoint, MAX_CHECKPOINT_BYTES),
     )
 
 

@@ -15,6 +15,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from config.settings import WorkerSettings
 from coordination.commands import AttemptDone
+from coordination.cuda_oom import TAIL_BYTES, is_cuda_oom
 from coordination.dispatcher import Beat, Dispatcher, Room
 from coordination.errors import OutcomeUnknown, Refused
 from coordination.leases import Notice, Signs, Verdict
@@ -23,7 +24,18 @@ from p2p.loops.base import Loop
 from p2p.runner.client import ActivitySample, AttemptReport, RunnerBusy, RunnerClient, RunnerUnavailable
 from p2p.runner.protocol import VERSION as RUNNER_VERSION
 from p2p.runner.protocol import RunnerError
-from p2p.workplace import MAX_PROGRESS_BYTES, MAX_RESULT_BYTES, Key, LocalJob, Workplace, read_json
+from p2p.workplace import (
+    CHECKPOINT_FILE,
+    MAX_CHECKPOINT_BYTES,
+    MAX_PROGRESS_BYTES,
+    MAX_RESULT_BYTES,
+    Key,
+    LocalJob,
+    Workplace,
+    leave_checkpoints,
+    read_end,
+    read_json,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -299,6 +311,9 @@ class WorkerPullLoop(Loop):
         if not jobs:
             return
         cap = self._settings.log_cap_mb << 20
+        resumed = [job for job in jobs if job.description.get("checkpoint") is not None]
+        if resumed:
+            await asyncio.to_thread(leave_checkpoints, resumed)
         await self.runner.start([self.workplace.start_spec(job, cap) for job in jobs])
 
     async def _kill(self, doomed: list[Notice]) -> None:
@@ -382,8 +397,8 @@ class WorkerPullLoop(Loop):
                     await self._pause(RETRY_SECONDS)
 
     async def _deliver(self, batch: list[AttemptReport]) -> None:
-        folders = [self.workplace.jobs[report.key].folder for report in batch]
-        items = await asyncio.to_thread(_ends_of, self.workplace.node, batch, folders)
+        jobs = [self.workplace.jobs[report.key] for report in batch]
+        items = await asyncio.to_thread(_ends_of, self.workplace, batch, jobs)
         batch = batch[: len(items)]
         answers = await self._desk.finish(items)
         refused = sum(answer is not None for answer in answers)
@@ -447,44 +462,62 @@ def _progress_of(jobs: list[LocalJob], samples: dict[Key, ActivitySample]) -> di
     return changed
 
 
-def _ends_of(node: str, batch: list[AttemptReport], folders: list[Path]) -> tuple[AttemptDone, ...]:
+def _ends_of(place: Workplace, batch: list[AttemptReport], jobs: list[LocalJob]) -> tuple[AttemptDone, ...]:
     """As many of them as one entry of the journal should carry; at least one."""
     items: list[AttemptDone] = []
     size = 0
-    for report, folder in zip(batch, folders, strict=True):
-        items.append(_end_of(node, report, folder))
-        size += len(items[-1].result or b"")
+    for report, job in zip(batch, jobs, strict=True):
+        items.append(_end_of(place, report, job))
+        size += len(items[-1].result or b"") + len(items[-1].checkpoint or b"")
         if size >= REPORT_BYTES:
             break
     return tuple(items)
 
 
-def _end_of(node: str, report: AttemptReport, folder: Path) -> AttemptDone:
-    """What the leader is told of an ended attempt; reads ``result.json``."""
+def _end_of(place: Workplace, report: AttemptReport, job: LocalJob) -> AttemptDone:
+    """What the leader is told of an ended attempt; reads ``result.json``, and ``checkpoint.json`` of one that did not
+    complete."""
     ok = report.reason == "exit" and report.exit_code == 0
     error = report.error
     result: bytes | None = None
+    checkpoint: bytes | None = None
     if report.started_ms is not None:
         try:
-            result = read_json(folder / "result.json", MAX_RESULT_BYTES)
+            result = read_json(job.folder / "result.json", MAX_RESULT_BYTES)
         except ValueError as problem:
             # Exit 0 completes, whatever it left: a day's training is not run again for a file that cannot be read.
             error = f"{error}; {problem}" if error else f"its result was not taken: {problem}"
+        try:
+            checkpoint = None if ok else read_json(job.folder / CHECKPOINT_FILE, MAX_CHECKPOINT_BYTES)
+        except ValueError as problem:
+            error = f"{error}; {problem}" if error else f"its checkpoint was not taken: {problem}"
     if not ok and error is None:
         error = f"it ended with {report.reason}"
+    cause = report.reason or "exit"
+    if cause == "exit" and not ok and _ran_out_of_gpu_memory(job, error or ""):
+        cause = "cuda_oom"
     code = report.exit_code if report.exit_code is not None else (-report.signal if report.signal else None)
     return AttemptDone(
         id=report.job,
         attempt=report.attempt,
-        worker=node,
+        worker=place.node,
         ok=ok,
         result=result,
         error=error,
         exit_code=code,
         retryable=True,
         started_ms=report.started_ms or 0,
-        cause=report.reason or "exit",
+        cause=cause,
+        gpu_memory_mb=place.smallest_gpu_mb(job),
+        checkpoint=checkpoint,
     )
+
+
+def _ran_out_of_gpu_memory(job: LocalJob, error: str) -> bool:
+    """By the last lines that the runner kept, or, of a job that had a GPU, by what lies further back in its stderr."""
+    if is_cuda_oom(error):
+        return True
+    return bool(job.description.get("gpus")) and is_cuda_oom(read_end(job.folder / "stderr", TAIL_BYTES))
 
 
 __all__ = ["JobReaperConfig", "JobReaperLoop", "WorkerPullLoop"]

@@ -123,6 +123,7 @@ def test_a_claim_tells_all_a_worker_needs(worker: Worker) -> None:
         "timeout_seconds": 60.0,
         "grace_seconds": 5.0,
         "fence": "strict",
+        "checkpoint": None,
     }
     record = worker.node.job(job_id)
     assert (record["state"], record["worker"], record["attempt"]) == ("claimed", worker.name, 1)
@@ -350,3 +351,40 @@ def test_gpus_are_granted_by_uuid_over_http(desk: NodeProcess) -> None:
     assert big not in granted
     assert granted[small] == ["GPU-2"] and ["GPU-1"] in granted.values()
     assert "needs 1 GPU(s) (20000 MB free each)" in desk.job(big)["why_pending"]
+
+
+# -- what a failure carries --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_and_the_memory_of_a_gpu_travel_with_a_failure(worker: Worker) -> None:
+    job = worker.holding(max_attempts=5, retry_backoff_seconds=0)
+    more = {"cause": "cuda_oom", "gpu_memory_mb": 24_000, "checkpoint": {"step": 7}}
+    assert worker.report("fail", job, error="CUDA out of memory", **more)[0] == 200
+    record = worker.node.job(job["id"])
+    assert record["placement_hints"] == {"avoid": [worker.name], "gpu_memory_above_mb": 24_000}
+    assert (set(record["requires"]), record["checkpoint"], record["failed_attempts"]) == ({"labels"}, {"step": 7}, 1)
+    (again,) = worker.claim()["jobs"]
+    assert (again["id"], again["attempt"], again["checkpoint"]) == (job["id"], 2, {"step": 7})
+
+
+def test_an_attempt_that_was_preempted_is_not_spent(worker: Worker) -> None:
+    job = worker.holding(max_attempts=1)
+    assert worker.report("fail", job, error="made way", cause="preempted")[0] == 200
+    record = worker.node.job(job["id"])
+    assert (record["state"], record["failed_attempts"], record["reason"]) == ("pending", 0, "released: preempted")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("checkpoint", "x" * (64 << 10), "at most 65536 bytes"),
+        ("gpu_memory_mb", -1, "0"),
+        ("cause", "Boom", ""),
+    ],
+)
+def test_a_failure_with_a_bad_field_is_refused_by_name(worker: Worker, field: str, value: Any, words: str) -> None:
+    job = worker.holding()
+    status, told = worker.report("fail", job, error="x", **{field: value})
+    assert (status, told["field"]) == (422, field)
+    assert words in told["detail"]
+    assert worker.node.job(job["id"])["state"] == "claimed"

@@ -14,7 +14,21 @@ T0 = 1_700_000_000_000
 MINUTE = 60_000
 DAY = 86_400_000
 
-TABLES = ("meta", "shapes", "jobs", "history", "deps", "members", "nodes", "keys", "counts", "shape_counts", "minutes", "totals", "workers")
+TABLES = (
+    "meta",
+    "shapes",
+    "jobs",
+    "history",
+    "deps",
+    "members",
+    "nodes",
+    "keys",
+    "counts",
+    "shape_counts",
+    "minutes",
+    "totals",
+    "workers",
+)
 
 
 def new_job(id: str, **changes: Any) -> c.NewJob:

@@ -6,6 +6,7 @@ time, so that the two can only agree if the bookkeeping is right.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -36,11 +37,23 @@ class ModelJob:
     worker: str | None = None
     ready_ms: int = 0
     finished_ms: int = 0
+    failed_on: tuple[str, ...] = ()
+    above_mb: int = 0
+    checkpoint: bytes | None = None
     story: list[tuple[str, int]] = field(default_factory=list)  # (state, attempt) of each transition
 
     @property
     def id(self) -> str:
         return self.new.id
+
+    @property
+    def requires(self) -> str:
+        """What its author asked for, and what placement is told besides."""
+        hints: dict[str, Any] = {"avoid": sorted(self.failed_on)} if self.failed_on else {}
+        if self.above_mb:
+            hints["gpu_memory_above_mb"] = self.above_mb
+        asked = json.loads(self.new.requires)
+        return json.dumps({**asked, **hints}, sort_keys=True, separators=(",", ":"))
 
 
 class QueueModel:
@@ -69,7 +82,7 @@ class QueueModel:
         return next((j for j in self.jobs.values() if j.new.unique_key == unique_key and j.state in UNFINISHED), None)
 
     def heads(self, requires: str) -> list[int]:
-        pending = [j for j in self.jobs.values() if j.state == "pending" and j.new.requires == requires]
+        pending = [j for j in self.jobs.values() if j.state == "pending" and j.requires == requires]
         return [j.seq for j in sorted(pending, key=lambda j: (-j.new.priority, j.seq))]
 
     def in_state(self, *states: str) -> list[ModelJob]:
@@ -94,11 +107,14 @@ class QueueModel:
             elif not self.unfinished_dependencies(other) and other.ready_ms <= self.now:
                 self._move(other, "pending")
 
-    def _spend(self, job: ModelJob, *, retryable: bool) -> None:
+    def _spend(self, job: ModelJob, *, retryable: bool, above_mb: int = 0) -> None:
         job.failures += 1
         if not retryable or job.failures >= job.new.max_attempts:
             self._move(job, "failed")
             return
+        assert job.worker is not None
+        job.failed_on = (*(w for w in job.failed_on if w != job.worker), job.worker)[-3:]
+        job.above_mb = max(job.above_mb, above_mb)
         self.totals[(job.new.kind, "retried")] += 1
         self._give_back(job, self._backoff(job.new.backoff_ms, job.failures, job.id))
 
@@ -174,11 +190,19 @@ class QueueModel:
             return None if again else Refusal(409)
         if job.state == "claimed" and (item.ok or item.started_ms):
             self._move(job, "running")
+        if not item.ok and item.checkpoint is not None:
+            job.checkpoint = item.checkpoint
+        if not item.ok and item.cause in ("preempted", "drained"):
+            self._give_back(job, 0)
+            return None
         self.books.setdefault(item.worker, Counter())["completed" if item.ok else "failed"] += 1
         if item.ok:
+            job.checkpoint = None
             self._move(job, "completed")
         else:
-            self._spend(job, retryable=item.retryable)
+            final = item.cause == "exit" and job.new.no_retry == str(item.exit_code)
+            above = item.gpu_memory_mb if item.cause == "cuda_oom" else 0
+            self._spend(job, retryable=item.retryable and not final, above_mb=above)
         return None
 
     def expire(self, items: Iterable[tuple[str, int]]) -> int:
@@ -225,7 +249,7 @@ class QueueModel:
             return Refusal(409)
         if self.holder(job.new.unique_key) is not None or self.broken_dependencies(job):
             return Refusal(409)
-        job.failures, job.worker, job.ready_ms = 0, None, 0
+        job.failures, job.worker, job.ready_ms, job.failed_on, job.above_mb = 0, None, 0, (), 0
         self._move(job, "waiting" if self.unfinished_dependencies(job) else "pending")
         return [id]
 

@@ -19,6 +19,7 @@ EVERY_COMMAND = [
     c.Claim(1, "w", (c.Pick(1, '["GPU-1"]'), c.Pick(2, None))),
     c.Begin(1, "w", (c.Began("a", 1, 2),)),
     c.Finish(1, (c.AttemptDone("a", 1, "w", False, None, "boom\n\0", 137, True, 3, "exit"),)),
+    c.Finish(1, (c.AttemptDone("a", 1, "w", False, None, "x", 1, True, 3, "cuda_oom", 24_000, b'{"step":7}'),)),
     c.Finish(1, (c.AttemptDone("a", 1, "w", True, b"\x00\xff", None, 0, True, 3, "exit"),)),
     c.Expire(1, (c.Lapse("a", 1, "timeout"),)),
     c.Release(1, ("a", "b"), "why", "k"),
@@ -77,6 +78,18 @@ def test_equal_commands_are_equal_bytes() -> None:
 def test_entry_this_build_does_not_know_is_an_unknown_command(entry: bytes) -> None:
     with pytest.raises(c.UnknownCommand):
         c.decode(entry)
+
+
+def test_entries_of_the_first_build_are_read() -> None:
+    """As they lie in journals that were written before these fields came."""
+    job = ("a", "command", "default", 50, "{}", 3, 0, 0, 0, None, (), b"{}")
+    done = ("a", 1, "w", False, None, "boom", 1, True, 3, "exit")
+    submit = c.decode(msgpack.packb((1, "Submit", 5, (job,), "k", "d")))
+    assert submit == c.Submit(5, (c.NewJob(*job),), "k", "d")
+    finish = c.decode(msgpack.packb((1, "Finish", 5, (done,))))
+    assert finish == c.Finish(5, (c.AttemptDone(*done),))
+    assert isinstance(finish, c.Finish)
+    assert (finish.items[0].gpu_memory_mb, finish.items[0].checkpoint) == (0, None)
 
 
 def test_unknown_version_is_told_with_the_known_one() -> None:

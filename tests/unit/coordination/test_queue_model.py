@@ -85,6 +85,7 @@ class QueueMachine(RuleBasedStateMachine):
                     "backoff_ms": st.sampled_from([0, 1_000, 400_000]),
                     "not_before_ms": st.sampled_from([0, 0, 0, T0 - 1, T0 + 20_000]),
                     "unique_key": st.sampled_from([None, None, None, "u1", "u2"]),
+                    "no_retry": st.sampled_from(["", "", "1"]),
                     "deps": st.lists(NUMBERS, max_size=3),
                 }
             ),
@@ -138,14 +139,27 @@ class QueueMachine(RuleBasedStateMachine):
         ok=st.booleans(),
         retryable=st.sampled_from([True, True, False]),
         started=st.booleans(),
+        cause=st.sampled_from(["exit", "exit", "timeout", "cuda_oom", "preempted", "drained"]),
+        gpu_memory_mb=st.sampled_from([0, 24_000, 40_000]),
+        checkpoint=st.sampled_from([None, b'{"step":1}', b'{"step":2}']),
     )
     def finish_one(
-        self, number: int, worker: str, own: bool, older: int, ok: bool, retryable: bool, started: bool
+        self,
+        number: int,
+        worker: str,
+        own: bool,
+        older: int,
+        ok: bool,
+        retryable: bool,
+        started: bool,
+        cause: str,
+        gpu_memory_mb: int,
+        checkpoint: bytes | None,
     ) -> None:
         id, attempt, worker = self.attempt_of(number, worker, own, older, "claimed", "running")
         item = c.AttemptDone(
             id, attempt, worker, ok, b"{}" if ok else None, None if ok else "boom", 0 if ok else 1, retryable,
-            self.queue.now if started else 0, "exit",
+            self.queue.now if started else 0, "exit" if ok else cause, gpu_memory_mb, checkpoint,
         )  # fmt: skip
         stale = id in self.model.jobs and self.model.jobs[id].attempt != attempt
         before = dump(self.queue.state)["jobs"]
@@ -161,7 +175,7 @@ class QueueMachine(RuleBasedStateMachine):
         """Claim, begin and finish at once, so that jobs get to their ends often."""
         self.claim_the_heads(worker, 1, 0)
         held = self.model.in_state("claimed")
-        self.finish_one(held[0].seq * 16, worker, True, 0, ok, True, begun)
+        self.finish_one(held[0].seq * 16, worker, True, 0, ok, True, begun, "exit", 0, None)
 
     @precondition(lambda self: self.model.in_state("completed", "failed"))
     @rule(number=NUMBERS, worker=WORKERS)
@@ -242,9 +256,12 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def jobs_are_the_models(self) -> None:
-        rows = connection(self.queue.state).execute("SELECT id, seq, state, attempt, failures, worker FROM jobs")
+        rows = connection(self.queue.state).execute(
+            "SELECT id, seq, state, attempt, failures, worker, checkpoint FROM jobs"
+        )
         expected = {
-            job.id: (job.seq, job.state, job.attempt, job.failures, job.worker) for job in self.model.jobs.values()
+            job.id: (job.seq, job.state, job.attempt, job.failures, job.worker, job.checkpoint)
+            for job in self.model.jobs.values()
         }
         assert {row[0]: row[1:] for row in rows.fetchall()} == expected
 
@@ -260,7 +277,7 @@ class QueueMachine(RuleBasedStateMachine):
     @invariant()
     def heads_come_in_order(self) -> None:
         ready = {requires: (shape, n) for shape, n, requires in self.queue.state.ready_shapes()}
-        for requires in SHAPES:
+        for requires in {*SHAPES, *ready, *(job.requires for job in self.model.jobs.values())}:
             expected = self.model.heads(requires)
             shape, n = ready.get(requires, (0, 0))
             assert n == len(expected)
@@ -273,8 +290,8 @@ class QueueMachine(RuleBasedStateMachine):
         counts = Counter((job.state, job.new.kind, job.new.group) for job in jobs)
         assert {row[:3]: row[3] for row in self.queue.rows("counts")} == counts
         shapes = {shape: (requires, n) for shape, requires, n in self.queue.rows("shapes")}
-        assert dict(shapes.values()) == Counter(job.new.requires for job in jobs)
-        pending = Counter(job.new.requires for job in jobs if job.state == "pending")
+        assert dict(shapes.values()) == Counter(job.requires for job in jobs)
+        pending = Counter(job.requires for job in jobs if job.state == "pending")
         assert {shapes[shape][0]: n for shape, n in self.queue.rows("shape_counts")} == pending
         assert state.pending_total == pending.total()
         assert state.waiting_total == len(self.model.in_state("waiting"))

@@ -64,6 +64,28 @@ def test_what_the_job_gives_wins() -> None:
     }  # fmt: skip
 
 
+def test_exit_codes_that_are_not_retried_come_from_the_kind_unless_the_job_has_its_own() -> None:
+    kinds = Kinds({"strict": Kind.model_validate({"command": ["x"], "no_retry_exit_codes": [78, 2, "64-77", 2]})}, {})
+    (own,) = submit({"kind": "strict", "no_retry_exit_codes": []}, kinds=kinds)
+    (default,) = submit({"kind": "strict"}, kinds=kinds)
+    assert (default.no_retry, own.no_retry, one().no_retry) == ("2,64-77,78", "", "")
+
+
+def test_whether_a_job_makes_way_comes_from_its_kind_unless_it_says_so() -> None:
+    kinds = Kinds({"long": Kind.model_validate({"command": ["x"], "preemptible": False})}, {})
+    kept, yields, default = submit(
+        {"kind": "long"}, {"kind": "long", "preemptible": True}, {"command": ["x"]}, kinds=kinds
+    )
+    assert json.loads(kept.spec)["preemptible"] is False
+    assert "preemptible" not in json.loads(yields.spec)
+    assert "preemptible" not in json.loads(default.spec)
+
+
+def test_what_a_node_must_not_have_is_part_of_the_shape() -> None:
+    job = one(requires={"not_labels": {"zone": "us"}, "anti_affinity": "database"})
+    assert json.loads(job.requires) == {"not_labels": {"zone": "us"}, "anti_affinity": "database"}
+
+
 def test_times_are_taken_as_people_write_them() -> None:
     assert one(not_before="2026-01-31T08:00:00+00:00").not_before_ms == 1_769_846_400_000
     assert one(not_before="2026-01-31T09:00:00+01:00").not_before_ms == 1_769_846_400_000
@@ -121,6 +143,19 @@ def test_shortest_timeout_is_still_a_timeout() -> None:
         ({"cwd": "here"}, "cwd", "absolute"),
         ({"grace_seconds": 3601}, "grace_seconds", "3600"),
         ({"fence": "loose"}, "fence", "'attempt' or 'strict'"),
+        ({"preemptible": "no"}, "preemptible", ""),
+        ({"requires": {"anti_affinity": ""}}, "requires.anti_affinity", ""),
+        ({"requires": {"anti_affinity": "a b"}}, "requires.anti_affinity", ""),
+        ({"requires": {"not_labels": {"zone": 5}}}, "requires.not_labels.zone", ""),
+        ({"requires": {"labels": {"z": "eu"}, "not_labels": {"z": "eu"}}}, "requires.not_labels", "no node could"),
+        ({"no_retry_exit_codes": 2}, "no_retry_exit_codes", ""),
+        ({"no_retry_exit_codes": [0]}, "no_retry_exit_codes", "'0' is neither an exit code"),
+        ({"no_retry_exit_codes": [256]}, "no_retry_exit_codes", "'256'"),
+        ({"no_retry_exit_codes": ["9-3"]}, "no_retry_exit_codes", "'9-3'"),
+        ({"no_retry_exit_codes": ["-9"]}, "no_retry_exit_codes", "'-9'"),
+        ({"no_retry_exit_codes": ["two"]}, "no_retry_exit_codes", "'two'"),
+        ({"no_retry_exit_codes": [True]}, "no_retry_exit_codes[0]", ""),
+        ({"no_retry_exit_codes": [1] * 65}, "no_retry_exit_codes", "64"),
         (["true"], "(body)", ""),
         (None, "(body)", ""),
     ],

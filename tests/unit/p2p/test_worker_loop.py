@@ -15,7 +15,7 @@ from coordination.commands import AttemptDone
 from coordination.dispatcher import Beat, Room
 from coordination.errors import OutcomeUnknown, Refused
 from coordination.leases import Claimant
-from coordination.placement import Offer
+from coordination.placement import GpuOffer, Offer
 from p2p.loops import job_loops
 from p2p.loops.job_loops import WorkerPullLoop
 from p2p.runner.client import AttemptReport, RunnerUnavailable, StartSpec
@@ -306,3 +306,94 @@ async def test_exit_0_completes_whatever_its_result_file_holds(worker: Worker) -
     (item,) = worker.desk.finished
     assert (item.ok, item.result) == (True, None)
     assert item.error is not None and "result.json is not JSON" in item.error
+
+
+async def end_of(worker: Worker, report: AttemptReport, **files: str) -> AttemptDone:
+    """What the leader is told of an attempt that left these files."""
+    folder = worker.loop.workplace.attempt_folder(report.job, report.attempt)
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("_json", ".json")).write_text(text)
+    worker.runner.known = [report]
+    worker.runner.lose()
+    await worker.until(lambda: worker.desk.finished)
+    (item,) = worker.desk.finished
+    return item
+
+
+def stopped(job: str, reason: str) -> AttemptReport:
+    return AttemptReport(job=job, attempt=1, state="exited", started_ms=5, ended_ms=6, exit_code=0, reason=reason)
+
+
+@pytest.mark.parametrize("reason", ["preempted", "drained", "timeout", "cancelled"])
+async def test_checkpoint_of_an_attempt_that_was_stopped_travels_with_its_end(worker: Worker, reason: str) -> None:
+    item = await end_of(worker, stopped("j", reason), checkpoint_json='{"step": 7}')
+    assert (item.ok, item.cause, item.checkpoint) == (False, reason, b'{"step":7}')
+
+
+async def test_completed_attempt_leaves_no_checkpoint(worker: Worker) -> None:
+    item = await end_of(worker, ended("j"), checkpoint_json='{"step": 7}')
+    assert (item.ok, item.checkpoint) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{half", "checkpoint.json is not JSON"), ('"' + "x" * (64 << 10) + '"', "checkpoint.json is larger than 65536")],
+)
+async def test_checkpoint_that_cannot_be_taken_is_told_in_the_error(worker: Worker, text: str, words: str) -> None:
+    item = await end_of(worker, ended("j", 1), checkpoint_json=text)
+    assert item.checkpoint is None
+    assert item.error is not None and words in item.error
+
+
+async def test_checkpoint_of_the_attempt_before_is_there_when_the_process_starts(worker: Worker) -> None:
+    folder = worker.loop.workplace.attempt_folder("j", 2)
+    description = {"id": "j", "attempt": 2, "command": ["true"], "requires": {}, "checkpoint": {"step": 7}}
+    worker.desk.claims.put_nowait(([description], []))
+    await worker.until(lambda: worker.runner.started == [("j", 2)])
+    assert json.loads((folder / "checkpoint.json").read_text()) == {"step": 7}
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+async def test_checkpoint_that_the_attempt_itself_wrote_is_not_put_back(worker: Worker) -> None:
+    """Its start is asked for again when the connection to the runner was lost, and it may long be running."""
+    folder = worker.loop.workplace.attempt_folder("j", 2)
+    folder.mkdir()
+    (folder / "checkpoint.json").write_text('{"step": 8}')
+    description = {"id": "j", "attempt": 2, "command": ["true"], "requires": {}, "checkpoint": {"step": 7}}
+    worker.desk.claims.put_nowait(([description], []))
+    await worker.until(lambda: worker.runner.started == [("j", 2)])
+    assert json.loads((folder / "checkpoint.json").read_text()) == {"step": 8}
+
+
+OOM = "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+GPUS = (GpuOffer(uuid="GPU-a", memory_mb=80_000), GpuOffer(uuid="GPU-b", memory_mb=24_000))
+
+
+@pytest.mark.parametrize(
+    ("error", "stderr", "gpus", "cause", "memory"),
+    [
+        pytest.param(f"exit code 1: {OOM}", "", ["GPU-a", "GPU-b"], "cuda_oom", 24_000, id="in the last lines"),
+        pytest.param("exit code 1: x", f"{OOM}\n" + "x\n" * 99, ["GPU-a"], "cuda_oom", 80_000, id="further back"),
+        pytest.param("exit code 1: x", "segfault", ["GPU-b"], "exit", 24_000, id="another failure"),
+        pytest.param("exit code 1: x", f"{OOM}\n" + "x\n" * 20_000, ["GPU-a"], "exit", 80_000, id="long ago"),
+        pytest.param("exit code 1: x", OOM, [], "exit", 0, id="no GPU was given"),
+    ],
+)
+async def test_end_for_want_of_gpu_memory_is_recognised(
+    tmp_path: Path, error: str, stderr: str, gpus: list[str], cause: str, memory: int
+) -> None:
+    place = Workplace("n1", Offer(node="n1", gpus=GPUS), tmp_path, "http://127.0.0.1:1", 64)
+    job = place.add({"id": "j", "attempt": 1, "gpus": gpus})
+    job.folder.mkdir()
+    (job.folder / "stderr").write_text(stderr)
+    report = AttemptReport(job="j", attempt=1, state="exited", started_ms=5, exit_code=1, reason="exit", error=error)
+    item = job_loops._end_of(place, report, job)
+    assert (item.cause, item.gpu_memory_mb, item.ok) == (cause, memory, False)
+
+
+def test_attempt_that_was_ended_for_another_reason_did_not_run_out_of_memory(tmp_path: Path) -> None:
+    place = Workplace("n1", Offer(node="n1", gpus=GPUS), tmp_path, "http://127.0.0.1:1", 64)
+    job = place.add({"id": "j", "attempt": 1, "gpus": ["GPU-b"]})
+    report = AttemptReport(job="j", attempt=1, state="exited", started_ms=5, signal=15, reason="preempted", error=OOM)
+    assert job_loops._end_of(place, report, job).cause == "preempted"
