@@ -80,6 +80,10 @@ class WorkerSettings(Section):
     max_jobs: int = Field(256, ge=1, le=10_000, description="jobs at once, whatever their requirements")
     claim_wait_seconds: float = Field(20, gt=0, le=60, description="how long a claim is held open")
     log_cap_mb: int = Field(16, ge=1, description="per stream of a job; the newest half is kept beyond it")
+    drain_on_sigterm: bool = Field(
+        False, description="SIGTERM means that the machine is going away: jobs end or move on before the node stops"
+    )
+    notice_seconds: float = Field(30, gt=0, le=86_400, description="with drain_on_sigterm: how long it may take")
     keep_folders: int = Field(10_000, ge=0, description="folders of ended attempts kept; the oldest go first")
     keep_folders_hours: float = Field(24 * 7, gt=0, description="folders of ended attempts older than this go")
 
@@ -91,6 +95,24 @@ class ReaperSettings(Section):
     stale_job_threshold_seconds: float = Field(1800, gt=0, description="claimed for this long and never started")
     stuck_job_threshold_seconds: float = Field(3600, gt=0, description="in progress without a sign of life")
     max_jobs_to_reap_per_cycle: int = Field(10, ge=1)
+
+
+class PlacementSettings(Section):
+    """Whose turn it is (docs/jobs.md; kinds' floors and preferences are in ``config/jobs.yaml``)."""
+
+    group_weights: dict[str, float] = Field(default_factory=dict, description="group -> its weight; 1 if not named")
+    preempt_gap: int = Field(
+        20, ge=1, le=101, description="work of so much lower priority is asked to make way; 101: none ever is"
+    )
+    preempt_after_seconds: float = Field(5, ge=0, description="once a job has waited for room this long")
+
+    @field_validator("group_weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        wrong = next((name for name, weight in value.items() if not 0 < weight <= 1e6), None)
+        if wrong is not None:
+            raise ValueError(f"the weight of {wrong!r} must be more than 0, and at most a million")
+        return value
 
 
 class PopulatorSettings(Section):
@@ -158,6 +180,7 @@ class Settings(Section):
     queue: QueueSettings = QueueSettings()
     work: WorkerSettings = WorkerSettings()
     reaper: ReaperSettings = ReaperSettings()
+    placement: PlacementSettings = PlacementSettings()
     populator: PopulatorSettings = PopulatorSettings()
     health: HealthSettings = HealthSettings()
 

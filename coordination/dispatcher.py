@@ -12,6 +12,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coordination import commands as c
@@ -24,13 +25,15 @@ from coordination.fleet import Fleet
 from coordination.kinds import Kinds
 from coordination.leases import Claimant, Held, LeaseTable, Notice, Signs, Verdict
 from coordination.matching import Matching, Room
-from coordination.placement import Scoring
-from coordination.planner import Planner, PlanPolicy
+from coordination.placement import Scoring, compile_need, with_defaults
+from coordination.planner import NEVER, Planner, PlanPolicy
 from coordination.queue_reads import NodeMark, QueueReader
 from coordination.queue_state import QueueState, ReadyLane
+from coordination.reasons import tally
 from coordination.scoring import default_scoring
 from coordination.shares import Shares
 from coordination.submission import Submission
+from coordination.trouble import JOBS, Trouble
 
 T = TypeVar("T")
 
@@ -39,7 +42,9 @@ CLEAR_SLICE = 2_000
 VALIDATE_SLICE = 100  # jobs validated between two turns of the event loop
 MAX_WORKERS = 10_000
 ARRIVAL_SHARE = 1 / 6  # of a lease: how long a claimed job may be on its way before a worker without it has lost it
+LEAVING = "its machine is being taken away"  # a drain that ends when the node comes back
 UNMOVED_SLACK_MS = 60_000  # beyond its grace, for who was asked to make way
+NODES_FAULT = frozenset({"exit", "spawn_failed"})  # ends that may be the node's fault
 LAPSES = frozenset({"lease_lapsed", "timeout", "never_started", "no_sign_of_life"})
 
 
@@ -98,6 +103,8 @@ class Dispatcher:
         self._scoring, self._policy, self._group_weights = scoring, policy, dict(group_weights or {})
         self.marks: dict[str, NodeMark] = {}  # what is said of nodes
         self.matching = self._new_matching()
+        self._trouble, self._black_holes = Trouble(), set[str]()
+        self.on_trouble: Callable[[str, str], None] = lambda node, why: None  # a node was cordoned by itself
 
     def _new_matching(self) -> Matching:
         """Nothing known yet: of nodes, of what runs, of who has had how much."""
@@ -314,6 +321,9 @@ class Dispatcher:
                 member = self.leases.of(worker, item.id)
                 if member is not None and member.gang and member.attempt == item.attempt:
                     member.started_ms = self.steady_ms()
+        mark = self.marks.get(worker)
+        if first and mark is not None and mark.reason == LEAVING:
+            await self.mark_node(worker, cordoned=False, draining=False, reason="it is back")
         if first:
             # Whatever its former self had asked for is in the books once this, behind it in the journal, is answered.
             await self.propose(c.Begin(self._clock.now_ms(), worker, ()))
@@ -346,6 +356,7 @@ class Dispatcher:
         for key, record in zip(keys, await self.ask(read), strict=True):
             if record is not None and record["attempt"] == key[1]:
                 found[key] = {name: record[name] for name in _TOLD} | {"id": key[0], "attempt": key[1]}
+                found[key]["members"] = record.get("members", [])
         return found
 
     async def finish(self, items: tuple[c.AttemptDone, ...]) -> list[Refused | None]:
@@ -442,9 +453,64 @@ class Dispatcher:
         """See `LeaseTable.stuck`."""
         return self.leases.stuck(self._clock.mono_ms(), self.steady_ms(), threshold_ms)
 
-    def why_pending(self, record: Mapping[str, Any]) -> str:
-        """In words, why a pending job has not been placed."""
-        return "PLACEHOLDER"
+    def why_pending(self, record: Mapping[str, Any], ahead: int | None = None) -> str:
+        """In words and numbers, why a pending job has not been placed. `ahead`: pending jobs that came before it."""
+        if not self.leads:
+            return "placement is the leader's business; nobody is known to lead now"
+        there = [node for name, node in self.matching.planner.fleet.nodes.items() if self._is_there(name)]
+        barred = [mark for name, mark in self.marks.items() if name in self.rooms]
+        aside = (
+            f"; {_some('node', len(barred))} {'is' if len(barred) == 1 else 'are'} cordoned or draining"
+            if barred
+            else ""
+        )
+        if not there:
+            if aside:
+                return f"every node that asks for work is cordoned or draining: {', '.join(m.node for m in barred[:5])}"
+            if self.rooms:
+                return f"all {len(self.rooms)} known workers have been silent for longer than a lease: restart them"
+            return "no worker has asked for work yet"
+        hints = record.get("placement_hints", {})
+        need = compile_need(with_defaults({**record["requires"], **hints, "nodes": record.get("nodes", 1)}))
+        need = self.matching.planner.fleet.could(need) or replace(need, avoid=frozenset(), gpu_memory_above_mb=0)
+        words, failed, total = tally(need, there, idle=True)
+        if total - failed < need.nodes:
+            many = f"needs {need.nodes} nodes at once; " if need.nodes > 1 else ""
+            fits = "none" if failed == total else f"{total - failed}"
+            return f"{many}fits on {fits} of {_some('node', total)}, even when idle: {words}{aside}"
+        words, failed, total = tally(need, there, idle=False)
+        told = [self._whose_turn(record, ahead)]
+        if total - failed < need.nodes:
+            many = f"needs {need.nodes} nodes at once, {total - failed} fit now; " if need.nodes > 1 else ""
+            told.insert(0, f"waits for room: {many}{words}{aside}")
+        else:
+            told.insert(0, "fits now; what goes first is placed first")
+        told.append(self._what_is_kept(record))
+        return "; ".join(filter(None, told))
+
+    def _whose_turn(self, record: Mapping[str, Any], ahead: int | None) -> str:
+        """Its place in line, and what its group has had."""
+        line = f"{_some('pending job', ahead)} of its priority or higher came before it" if ahead is not None else ""
+        groups = self.matching.planner.shares.groups(self._clock.mono_ms())
+        if len(groups) < 2 and record["group"] in groups:
+            return line
+        share = f"group {record['group']} has {groups.get(record['group'], 0.0):.0%} of what is used"
+        return "; ".join(filter(None, [line, share])) if groups else line
+
+    def _what_is_kept(self, record: Mapping[str, Any]) -> str:
+        """The room that is kept for it."""
+        planner = self.matching.planner
+        kept = next((r for r in planner.reservations.values() if r.seq == record.get("number")), None)
+        if kept is None:
+            return ""
+        names = ", ".join(kept.nodes[:8])
+        left = sum(attempt.node in kept.nodes for attempt in kept.awaited)
+        when = "once they have ended"
+        if kept.until_ms < NEVER:
+            when = f"in {max(kept.until_ms - self._clock.mono_ms(), 0) / 1000:.0f} s at the latest"
+        if kept.preempts:
+            when = "and they have been asked to make way"
+        return f"room is kept for it on {names}: {_some('job', left)} must end there first, {when}"
 
     def _is_there(self, worker: str) -> bool:
         """Whether it waits for work now, or was heard of within a lease."""
@@ -477,7 +543,17 @@ class Dispatcher:
             deadline_ms = known.deadline_ms
         await self.propose(c.MarkNode(self._clock.now_ms(), node, cordon, drains, deadline_ms, reason))
         self._take_marks(await self.ask(lambda reader: reader.nodes()))
+        if cordoned is False:
+            self._trouble.forget(node)
+        self.matching.nudge(node)  # it hears of it with the answer to its claim
         return self.marks.get(node)
+
+    async def leave(self, worker: str, seconds: float) -> None:
+        """A worker's machine will be taken away: what still runs there in `seconds` is asked to go elsewhere. The drain
+        ends when the worker comes back."""
+        deadline_ms = self._clock.now_ms() + round(max(seconds, 0.0) * 1000)
+        await self.mark_node(worker, draining=True, deadline_ms=max(deadline_ms, 1), reason=LEAVING)
+        await self.tick()
 
     async def tick(self) -> None:
         """What time alone brings: silent nodes are no longer counted on, who must make way is told, and every lane is
@@ -492,6 +568,8 @@ class Dispatcher:
         for mark in self.marks.values():
             if mark.draining and mark.deadline_ms and self._clock.now_ms() >= mark.deadline_ms:
                 self._ask_to_go(mark.node, "drained")
+        self._trouble.forget_old(now)
+        await self._cordon_black_holes()
         stubborn = [held.job for held in self.leases.unmoved(now, UNMOVED_SLACK_MS)]
         if stubborn:
             await self.release_those_held(stubborn, "it did not make way when it was asked to")
@@ -523,9 +601,12 @@ class Dispatcher:
                 case E.WORK_STARTED:
                     self.leases.started(fields["job"], fields["attempt"], self.steady_ms(), self._clock.mono_ms())
                 case E.WORK_COMPLETED:
+                    self._trouble.note(fields["worker"], fields["job"], True, self._clock.mono_ms())
                     self.leases.drop(fields["job"])
                 case E.WORK_FAILED | E.WORK_RETRIED:
-                    told = fields["cause"] in LAPSES
+                    told = fields["cause"] in LAPSES or fields["job"] in self.leases.gangs
+                    if fields["cause"] in NODES_FAULT:
+                        self._suspect(fields["worker"], fields["job"])
                     self.leases.drop(fields["job"], tell=told)
                     if fields.get("backoff_seconds"):
                         self.on_waiting()
@@ -543,6 +624,21 @@ class Dispatcher:
             self.matching.wake()
         for worker in list(self.leases.notices):
             self.matching.nudge(worker)
+
+    def _suspect(self, node: str, job: str) -> None:
+        """A job failed on a node; see `coordination.trouble`."""
+        if self._trouble.note(node, job, False, self._clock.mono_ms()) and node not in self.marks:
+            self._black_holes.add(node)
+
+    async def _cordon_black_holes(self) -> None:
+        """Never more than a third of the nodes: if so many fail, it is not the nodes."""
+        holes, self._black_holes = self._black_holes - set(self.marks), set()
+        for node in sorted(holes):
+            if 3 * (len(self.marks) + 1) > len(self.rooms):
+                return
+            why = f"{JOBS} different jobs in a row failed on it, and not on others"
+            await self.mark_node(node, cordoned=True, reason=f"by itself: {why}")
+            self.on_trouble(node, why)
 
     def _grant(self, event: Event) -> None:
         now, fields = self._clock.mono_ms(), event.fields
@@ -562,6 +658,10 @@ class Dispatcher:
                     gang=len(workers) > 1,
                 )
             )
+
+
+def _some(what: str, n: int | None) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _grace_ms(job: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from coordination.errors import InvalidInput, Refused
 from coordination.health import QueueFigures, judge
 from coordination.job import JobState
 from coordination.leases import Verdict
-from coordination.queue_reads import MAX_PAGE, QueueReader
+from coordination.queue_reads import MAX_PAGE, NodeMark, QueueReader
 from coordination.unified_queue_populator import Populator
 
 DEFAULT_STUCK_SECONDS = 3600.0
@@ -188,22 +188,28 @@ class Operations:
 
     async def job(self, id: str) -> dict[str, Any]:
         """The whole record, with history and, while pending, `why_pending`. Raises Refused (404)."""
-        record = await self._desk.ask(lambda reader: reader.job(id))
+
+        def read(reader: QueueReader) -> tuple[dict[str, Any] | None, int | None]:
+            record = reader.job(id)
+            pending = record is not None and record["state"] == "pending"
+            return record, reader.ahead(record["priority"], record["number"]) if record and pending else None
+
+        record, ahead = await self._desk.ask(read)
         if record is None:
             raise Refused(404, f"there is no job {id[:80]!r}", field="id")
-        return self._annotate(record)
+        return self._annotate(record, ahead)
 
     async def jobs(self, *, filters: dict[str, str], limit: int, before: int | None) -> dict[str, Any]:
         """A page: ``{"jobs", "cursor"}``; a cursor of null ends the list."""
         found, cursor = await self._desk.ask(lambda reader: reader.jobs(filters=filters, limit=limit, before=before))
         return {"jobs": [self._annotate(record) for record in found], "cursor": str(cursor) if cursor else None}
 
-    def _annotate(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _annotate(self, record: dict[str, Any], ahead: int | None = None) -> dict[str, Any]:
         """Adds what only the leader's memory knows: why it waits, its progress, its last sign of life."""
         record["env"] = {name: "***" if _SECRET.search(name) else value for name, value in record["env"].items()}
         state = record["state"]
         if state == "pending":
-            record["why_pending"] = self._desk.why_pending(record)
+            record["why_pending"] = self._desk.why_pending(record, ahead)
         elif state == "waiting":
             record["why_pending"] = _why_waiting(record, self._desk.now_ms())
         held = self._desk.leases.by_job.get(record["id"])
@@ -255,6 +261,34 @@ class Operations:
         if stuck:
             released = await self._desk.release_those_held([verdict.held.job for verdict in stuck], "stuck")
         return {"released": len(released), "ids": released}
+
+    # -- nodes ----------------------------------------------------------------------------------------------------
+
+    async def mark_node(self, node: str, verb: str, reason: str, deadline_seconds: float | None) -> dict[str, Any]:
+        """cordon, uncordon, drain or undrain; answers what is said of the node then."""
+        deadline_ms = self._desk.now_ms() + round(deadline_seconds * 1000) if deadline_seconds is not None else 0
+        change = {"cordon": {"cordoned": True}, "uncordon": {"cordoned": False}, "drain": {"draining": True}}
+        what = change.get(verb, {"draining": False})
+        mark = await self._desk.mark_node(node, deadline_ms=deadline_ms, reason=check_text("reason", reason), **what)
+        return self._shown_mark(node, mark)
+
+    async def node_marks(self) -> dict[str, dict[str, Any]]:
+        """What is said of nodes: by the leader, or by the copy of the queue here."""
+        marks = self._desk.marks.values() if self._desk.leads else await self._desk.ask(lambda reader: reader.nodes())
+        return {mark.node: self._shown_mark(mark.node, mark) for mark in marks}
+
+    def _shown_mark(self, node: str, mark: NodeMark | None) -> dict[str, Any]:
+        shown: dict[str, Any] = {
+            "cordoned": bool(mark and mark.cordoned),
+            "draining": bool(mark and mark.draining),
+            "drain_deadline": mark.deadline_ms / 1000 if mark and mark.deadline_ms else None,
+            "marked_at": mark.since_ms / 1000 if mark else None,
+            "mark_reason": mark.reason if mark else None,
+        }
+        if self._desk.leads:
+            shown["jobs_left"] = len(self._desk.leases.by_worker.get(node, {}))
+            shown["drained"] = bool(mark and mark.draining) and not shown["jobs_left"]
+        return shown
 
     # -- the populator, the daemons, alerts -----------------------------------------------------------------------
 

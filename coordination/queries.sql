@@ -110,6 +110,10 @@ SELECT seq FROM deps WHERE dep = ? ORDER BY seq
 SELECT seq, priority FROM jobs INDEXED BY jobs_ready WHERE state = 'pending' AND shape = ?
 ORDER BY priority DESC, seq LIMIT ?
 
+-- name: ahead | how many pending jobs go before one of this priority and number, as far as priority and age go
+SELECT count(*) FROM jobs INDEXED BY jobs_ready
+WHERE state = 'pending' AND (priority > ?1 OR (priority = ?1 AND seq < ?2))
+
 -- name: unstarted_slice | what a clear drops
 SELECT seq FROM jobs INDEXED BY jobs_by_state WHERE state = ? AND seq <= ? ORDER BY seq LIMIT ?
 

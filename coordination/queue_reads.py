@@ -198,6 +198,12 @@ class QueueReader:
             for job_id, kind, worker, attempt, error, exit_code, finished in self._all("recent_failures", (limit,))
         ]
 
+    def ahead(self, priority: int, seq: int) -> int:
+        """How many pending jobs came before one, of its priority or higher."""
+        row = self._one("ahead", (priority, seq))
+        assert row is not None
+        return int(row[0])
+
     # -- sums --------------------------------------------------------------------------------------------------------
 
     def counts(self) -> list[tuple[str, str, str, int]]:
@@ -245,7 +251,7 @@ class QueueReader:
 
 
 def _record(row: tuple[Any, ...]) -> dict[str, Any]:
-    (_, job_id, kind, group, state, priority, requires, attempt, failures, max_attempts, *rest) = row
+    (seq, job_id, kind, group, state, priority, requires, attempt, failures, max_attempts, *rest) = row
     (backoff, timeout, blockers, ready, created, claimed, started, finished, worker, gpus, *rest) = rest
     (unique_key, reason, error, exit_code, token, spec, result, no_retry, asked, checkpoint) = rest
     carried = json.loads(spec)
@@ -253,6 +259,7 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
     hints = shown_hints(requires)
     return {
         "id": job_id,
+        "number": seq,
         "kind": kind,
         "state": state,
         "priority": priority,

@@ -41,6 +41,7 @@ from coordination.events import Event, EventBus
 from coordination.events import EventType as E
 from coordination.kinds import Kinds
 from coordination.operations import Operations
+from coordination.planner import PlanPolicy
 from coordination.queue_reads import QueueReader
 from coordination.queue_state import QueueState
 from coordination.unified_queue_populator import Populator
@@ -114,9 +115,9 @@ class Node:
         self.started_at = time.monotonic()
         self.loops: dict[str, Loop] = {}
         self.port = settings.port
-        self.draining = False
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._notice, self._hurry = asyncio.Event(), asyncio.Event()  # see `_on_sigterm`
         self._refused = ""  # why the cluster has no place for this node
         self._alerts = AlertBook(self.bus)
         self.resources: Resources | None = None
@@ -130,8 +131,8 @@ class Node:
     async def run(self, *, ready: Callable[[Node], None] = lambda node: None) -> None:
         """Starts, runs until told to stop by a signal or ``/admin/shutdown``, stops."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGINT, self._stop.set)
+        loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         try:
             try:
                 await self.start()
@@ -139,11 +140,41 @@ class Node:
                 return
             ready(self)
             await self._stop.wait()
+            if self._notice.is_set():
+                await self._leave()
             log.info("stopping; running jobs go on under the runner")
             if self._refused:
                 raise StartError(self._refused)
         finally:
             await self.stop()
+
+    def _on_sigterm(self) -> None:
+        """With `drain_on_sigterm` the first one is a notice that the machine goes away; the second one stops at once."""
+        if self.settings.work.drain_on_sigterm and not self._stop.is_set():
+            self._notice.set()
+        else:
+            self._hurry.set()
+        self._stop.set()
+
+    async def _leave(self) -> None:
+        """Has the jobs here end or move on, within the notice: spot instances are told a little before they vanish."""
+        worker = self.loops.get(WorkerPullLoop.name)
+        if not isinstance(worker, WorkerPullLoop):
+            return
+        notice = self.settings.work.notice_seconds
+        log.warning("SIGTERM: this machine goes away; its jobs have %g s to end or to move on", notice)
+        try:
+            async with asyncio.timeout(notice):
+                leaving = asyncio.create_task(worker.leave(notice))
+                hurry = asyncio.create_task(self._hurry.wait())
+                await asyncio.wait({leaving, hurry}, return_when=asyncio.FIRST_COMPLETED)
+                log.info("%s", "drained" if leaving.done() else "told to hurry")
+        except TimeoutError:
+            log.warning("the notice is over; %d jobs still run here", worker.running_jobs())
+        finally:
+            leaving.cancel()
+            hurry.cancel()
+            await asyncio.gather(leaving, hurry, return_exceptions=True)
 
     async def start(self) -> None:
         """Raises StartError with a sentence for the person at the terminal."""
@@ -195,7 +226,14 @@ class Node:
             lease_ms=round(settings.queue.lease_seconds * 1000),
             max_unfinished=settings.queue.max_unfinished,
             translate=_in_words_of_the_queue,
+            policy=PlanPolicy(
+                preempt_gap=settings.placement.preempt_gap,
+                preempt_after_ms=round(settings.placement.preempt_after_seconds * 1000),
+            ),
+            group_weights=settings.placement.group_weights,
         )
+        self.desk.address_of = self._host_of
+        self.desk.on_trouble = self._cordoned
         self._build_work()
         if settings.worker:
             self.resources = await asyncio.to_thread(detect, settings.data_dir, settings.resources)
@@ -383,6 +421,21 @@ class Node:
         suspect.unlink(missing_ok=True)
         return QueueState(str(path))
 
+    def _host_of(self, node: str) -> str:
+        """Where other machines reach the processes of a node: the host of its address, as far as it is known."""
+        address = self.cluster.address if node == self.settings.node_id else None
+        if address is None and self.cluster.knows(node):
+            address = self.cluster.way_to(NodeId(node))[0]
+        return address.rpartition(":")[0].strip("[]") if address else "127.0.0.1"
+
+    def _cordoned(self, node: str, why: str) -> None:
+        self._alerts.raise_alert(
+            f"node_cordoned:{node}",
+            f"node {node} was cordoned: {why}; see its logs, then: POST /nodes/{node}/uncordon",
+            self.clock.now_ms(),
+            severity="critical",
+        )
+
     def _fatal(self, why: str) -> None:
         """The journal or the state failed: leave word for the next start, and end at once."""
         if "corrupt" in why.lower() or "malformed" in why.lower():
@@ -493,7 +546,6 @@ class Node:
             attempt_folder=lambda job, attempt: attempt_folder(self.settings.data_dir / "jobs", job, attempt),
             attempt_runs=self._attempt_runs,
             shut_down=self.request_stop,
-            drain=self.drain,
         )
         self._undo.append(await listen(api.build(context), listener))
 
@@ -529,12 +581,11 @@ class Node:
             ),
         )
 
-    def drain(self, on: bool) -> None:
-        """Stops or resumes taking jobs; what runs goes on."""
-        self.draining = on
+    @property
+    def draining(self) -> bool:
+        """Whether the leader has said that this node drains."""
         worker = self.loops.get(WorkerPullLoop.name)
-        if isinstance(worker, WorkerPullLoop):
-            worker.accept(not on)
+        return isinstance(worker, WorkerPullLoop) and worker.mark == "draining"
 
     # -- what it tells ----------------------------------------------------------------------------------------------
 

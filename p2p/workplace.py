@@ -97,6 +97,9 @@ class Workplace:
     def adopt(self, job_id: str, attempt: int, description: dict[str, Any] | None) -> LocalJob:
         """Takes up an attempt that the runner has from before this start, as the queue describes it. One the queue
         does not know (any more) takes no room; its end is reported all the same, and refused."""
+        for member in description.get("members", ()) if description is not None else ():
+            if member["worker"] == self.node:  # of a gang each member has its own
+                description = {**(description or {}), "gpus": member["gpus"]}
         known = self.jobs.get((job_id, attempt))
         return known or self.add(description or {"id": job_id, "attempt": attempt, "requires": {"cpus": 0}})
 

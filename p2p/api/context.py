@@ -47,7 +47,6 @@ class Context:
     attempt_folder: Callable[[str, int], Path]
     attempt_runs: Callable[[str, int], bool]  # on this node, now
     shut_down: Callable[[], None]
-    drain: Callable[[bool], None]
     leadership: Leadership
     peers: Peers
     cluster: Cluster

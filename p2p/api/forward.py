@@ -100,6 +100,8 @@ class Asked:
 def where(request: web.Request) -> str:
     """LEADER, PAGE or LOCAL."""
     path = request.path
+    if path.startswith("/nodes/") and request.method == "POST":
+        return LEADER
     if path == "/" or path.startswith(_LOCAL_PREFIXES) or path.endswith("/logs"):
         return LOCAL
     if path in _PAGES:

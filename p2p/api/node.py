@@ -5,25 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from aiohttp import web
+from pydantic import Field
 
 from coordination.errors import InvalidInput
 from coordination.events import Event
+from coordination.job import Closed, Number, Text
 from p2p.api.bodies import check_query, query_int, read_model
-from p2p.api.context import Context, answer, context
+from p2p.api.context import answer, context
 from p2p.api.errors import Problem
 from p2p.api.queue import Nothing
-from p2p.api.relay import DIRECT
-from p2p.ids import NodeId
-from p2p.peers import PeerRefused, PeerUnreachable
 
 routes = web.RouteTableDef()
 
 SSE_QUEUE = 1_000
 SSE_PING_SECONDS = 15.0
-ORDER_SECONDS = 5.0
 MAX_LISTENERS = 100
 
 
@@ -117,38 +115,32 @@ async def nodes(request: web.Request) -> web.Response:
     check_query(request)
     here = context(request)
     as_of = await here.read_point(request, page=True)
-    return answer(request, {"nodes": here.nodes(), "as_of": as_of}, as_of=as_of)
+    members, marks = here.nodes(), await here.operations.node_marks()
+    shown = {name: {**member, **marks.get(name, {})} for name, member in members.items()}
+    return answer(request, {"nodes": shown, "as_of": as_of}, as_of=as_of)
 
 
-@routes.post("/nodes/{id}/{verb:drain|undrain}")
-async def drain(request: web.Request) -> web.Response:
-    """Drain: the node takes no more jobs and finishes those it has; until undrained or restarted."""
+class MarkBody(Closed):
+    """What is to be said of a node."""
+
+    reason: Annotated[Text, Field(min_length=1, max_length=300)] = "operator"
+    deadline_seconds: Number | None = Field(
+        None, ge=0, le=30 * 86_400, description="drain only: what still runs then is asked to end, and goes elsewhere"
+    )
+
+
+@routes.post("/nodes/{id}/{verb:drain|undrain|cordon|uncordon}")
+async def mark(request: web.Request) -> web.Response:
+    """Cordon: nothing new is placed there. Drain: the same, and it is safe to stop once it is drained."""
     check_query(request)
-    await read_model(request, Nothing)
+    body = await read_model(request, MarkBody)
     here, node_id, verb = context(request), request.match_info["id"], request.match_info["verb"]
-    if node_id not in here.nodes():
+    if node_id not in here.nodes() and node_id not in here.dispatcher.rooms and node_id not in here.dispatcher.marks:
         raise Problem(404, f"there is no node {node_id[:80]!r}", field="id")
-    if node_id != here.settings.node_id:
-        if DIRECT in request.headers:  # whoever sent it here has an old address: it must not go round
-            raise Problem(503, f"this is node {here.settings.node_id}; nothing was done", field="id")
-        return answer(request, await _order_elsewhere(here, node_id, f"/nodes/{node_id}/{verb}"))
-    here.drain(verb == "drain")
-    return answer(request, here.nodes()[node_id])
-
-
-async def _order_elsewhere(here: Context, node_id: str, path: str) -> Any:
-    """An order that only its own node can carry out. Raises Problem."""
-    address, _ = here.cluster.way_to(NodeId(node_id))
-    if address is None:
-        raise Problem(503, f"node {node_id} cannot be dialled: ask on its own machine; nothing was done", field="id")
-    try:
-        return await here.peers.call("POST", address, path, {}, seconds=ORDER_SECONDS, headers={DIRECT: "1"})
-    except PeerRefused as error:
-        raise Problem(error.status, error.detail, field=error.field) from None
-    except PeerUnreachable as error:
-        if error.sent:
-            raise Problem(504, f"node {node_id} gave no answer: it may have been done") from None
-        raise Problem(503, f"node {node_id} cannot be reached ({error}); nothing was done", field="id") from None
+    if body.deadline_seconds is not None and verb != "drain":
+        raise InvalidInput("deadline_seconds", f"belongs to drain, not to {verb}")
+    told = await here.operations.mark_node(node_id, verb, body.reason, body.deadline_seconds)
+    return answer(request, {"node": node_id, **here.nodes().get(node_id, {}), **told})
 
 
 @routes.get("/metrics")

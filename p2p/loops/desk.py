@@ -35,6 +35,12 @@ class DeskOfTheLeader:
         self._room: Room | None = None
         self._claiming = False  # a claim is under way at a leader elsewhere
         self._telling: asyncio.Task[None] | None = None
+        self._mark = ""
+
+    @property
+    def mark(self) -> str:
+        """What the leader says of this node: "cordoned", "draining", or nothing."""
+        return self._own.matching.barred.get(self._node, "") if self._own.leads else self._mark
 
     def mono_ms(self) -> int:
         return self._own.mono_ms()
@@ -71,6 +77,7 @@ class DeskOfTheLeader:
             if self._telling is not None:
                 self._telling.cancel()  # no claim is parked there that would care
                 self._telling = None
+        self._mark = str(told.get("mark", ""))
         return told["jobs"], [Notice(*item) for item in told["doomed"]]
 
     async def heartbeat(
@@ -88,6 +95,13 @@ class DeskOfTheLeader:
             return await self._own.describe(keys)
         told = await self._ask("describe", {"keys": keys}, CALL_SECONDS, "jobs")
         return {(job["id"], job["attempt"]): job for job in told["jobs"]}
+
+    async def leave(self, worker: str, seconds: float) -> None:
+        """This node's machine will be taken away: nothing new, and what still runs in so many seconds goes elsewhere."""
+        if self._own.leads:
+            await self._own.leave(worker, seconds)
+            return
+        await self._ask("leave", {"worker": worker, "seconds": seconds}, CALL_SECONDS)
 
     async def finish(self, items: tuple[AttemptDone, ...]) -> list[Refused | None]:
         if self._own.leads:
@@ -146,7 +160,8 @@ async def _claim(desk: Dispatcher, body: dict[str, Any], gone: Callable[[], bool
     desk.make_room(unpack_room(body["room"]))
     seconds = min(max(float(body["wait_seconds"]), 0.0), MAX_WAIT_SECONDS)
     jobs, doomed = await desk.claim(str(body["worker"]), wait_seconds=seconds, gone=gone)
-    return {"jobs": jobs, "doomed": [list(item) for item in doomed]}
+    mark = desk.matching.barred.get(str(body["worker"]), "")
+    return {"jobs": jobs, "doomed": [list(item) for item in doomed], "mark": mark}
 
 
 async def _heartbeat(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +181,18 @@ async def _finish(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
     return {"answers": [None if a is None else [a.status, a.detail, a.field] for a in answers]}
 
 
-_CALLS: dict[str, Answering] = {"room": _room, "heartbeat": _heartbeat, "describe": _describe, "finish": _finish}
+async def _leave(desk: Dispatcher, body: dict[str, Any]) -> dict[str, Any]:
+    await desk.leave(str(body["worker"]), float(body["seconds"]))
+    return {}
+
+
+_CALLS: dict[str, Answering] = {
+    "room": _room,
+    "heartbeat": _heartbeat,
+    "describe": _describe,
+    "finish": _finish,
+    "leave": _leave,
+}
 
 
 async def serve(desk: Dispatcher, call: str, body: dict[str, Any], gone: Callable[[], bool]) -> dict[str, Any] | None:

@@ -50,6 +50,7 @@ BEAT_GAP_SECONDS = 0.05  # starts are told at once, but not one by one
 RETRY_SECONDS = 0.5
 RUNNER_SHUTDOWN_SECONDS = 3.0
 FOLDER_PRUNE_SECONDS = 300.0
+LEAVE_SPARE_SECONDS = 3.0  # of a notice, for reports and the stop itself
 STRICT_SHARE = 0.8  # of a lease: a strict job is stopped this long after the last renewal (PROTOCOL §1)
 
 
@@ -125,6 +126,10 @@ class Desk(Protocol):
     def describe(self, keys: list[Key]) -> Awaitable[dict[Key, dict[str, Any]]]: ...
     def finish(self, items: tuple[AttemptDone, ...]) -> Awaitable[list[Refused | None]]: ...
     def mono_ms(self) -> int: ...
+    def leave(self, worker: str, seconds: float) -> Awaitable[None]: ...
+
+    @property
+    def mark(self) -> str: ...
 
 
 class WorkerPullLoop(Loop):
@@ -155,13 +160,20 @@ class WorkerPullLoop(Loop):
         self._stopping: set[Key] = set()
         self._early: dict[Key, AttemptReport] | None = None  # reports that came while attempts were being taken up
         self._renewed_at = 0
-        self.accepting = True
         self.stats.update(jobs_pulled=0, pull_failures=0, jobs_reported=0, reports_refused=0)
 
-    def accept(self, on: bool) -> None:
-        """Whether this node takes more jobs; what runs goes on either way."""
-        self.accepting = on
-        self._tell_room()
+    @property
+    def mark(self) -> str:
+        """What the leader says of this node: "cordoned", "draining", or nothing."""
+        return self._desk.mark
+
+    async def leave(self, seconds: float) -> None:
+        """Has the jobs here end, or move on before `seconds` are over; returns once nothing is left to report."""
+        graces = [job.description.get("grace_seconds", 30.0) for job in self.workplace.jobs.values() if not job.ended]
+        spare = seconds - max(graces, default=0.0) - LEAVE_SPARE_SECONDS
+        await self._until_answered(lambda: self._desk.leave(self.workplace.node, max(spare, 0.0)))
+        while self.workplace.jobs:
+            await asyncio.sleep(RETRY_SECONDS)
 
     def running_jobs(self) -> int:
         """Attempts that run here now."""
@@ -275,7 +287,7 @@ class WorkerPullLoop(Loop):
 
     def _tell_room(self) -> None:
         place = self.workplace
-        places = min(place.places(), CLAIM_BATCH) if self.accepting else 0
+        places = min(place.places(), CLAIM_BATCH)
         self._desk.make_room(Room(place.free(), place.total, places))
 
     # -- pulling -----------------------------------------------------------------------------------------------
