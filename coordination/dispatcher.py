@@ -257,6 +257,7 @@ class Dispatcher:
         `gone` tells whether the asker has hung up: what was claimed for it meanwhile goes back at once.
         """
         until = self._clock.mono_ms() + int(wait_seconds * 1000)
+        mark = self.matching.barred.get(worker)
         while True:
             self.check_leads()
             if gone():
@@ -273,7 +274,8 @@ class Dispatcher:
                 for job in jobs:
                     self._complete_gang(job)
                 return jobs, self.leases.take_notices(worker, self._clock.mono_ms())
-            if self._clock.mono_ms() >= until or gone():
+            marked = self.matching.barred.get(worker) != mark  # it is told so with the answer
+            if marked or self._clock.mono_ms() >= until or gone():
                 return [], self.leases.take_notices(worker, self._clock.mono_ms())
 
     def _complete_gang(self, job: dict[str, Any]) -> None:
@@ -490,7 +492,11 @@ class Dispatcher:
 
     def _whose_turn(self, record: Mapping[str, Any], ahead: int | None) -> str:
         """Its place in line, and what its group has had."""
-        line = f"{_some('pending job', ahead)} of its priority or higher came before it" if ahead is not None else ""
+        line = ""
+        if ahead is not None:
+            line = (
+                f"{_some('pending job', ahead)} of its priority or higher came before it" if ahead else "first in line"
+            )
         groups = self.matching.planner.shares.groups(self._clock.mono_ms())
         if len(groups) < 2 and record["group"] in groups:
             return line

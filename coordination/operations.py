@@ -272,10 +272,11 @@ class Operations:
         mark = await self._desk.mark_node(node, deadline_ms=deadline_ms, reason=check_text("reason", reason), **what)
         return self._shown_mark(node, mark)
 
-    async def node_marks(self) -> dict[str, dict[str, Any]]:
-        """What is said of nodes: by the leader, or by the copy of the queue here."""
+    async def node_marks(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is said of these nodes: by the leader, or by the copy of the queue here."""
         marks = self._desk.marks.values() if self._desk.leads else await self._desk.ask(lambda reader: reader.nodes())
-        return {mark.node: self._shown_mark(mark.node, mark) for mark in marks}
+        known = {mark.node: mark for mark in marks}
+        return {name: self._shown_mark(name, known.get(name)) for name in names}
 
     def _shown_mark(self, node: str, mark: NodeMark | None) -> dict[str, Any]:
         shown: dict[str, Any] = {

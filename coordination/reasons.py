@@ -68,12 +68,12 @@ def _gpu_misses(need: Need, node: Node, *, idle: bool) -> dict[str, Miss]:
         return {}
     free = [gpu for gpu in large if gpu.share >= need.share]
     if len(free) < need.gpus:
-        part = "whole " if need.share == WHOLE else f"{need.share / WHOLE:g} of "
+        wants = f"needs {count}, whole" if need.share == WHOLE else f"needs {need.share / WHOLE:g} of a GPU"
         top = max(large, key=lambda gpu: gpu.share)
         has = f"the most free on one node is {len(free)}"
         if need.gpus == 1:
             has = f"the most free of one is {max(top.share, 0) / WHOLE:g} on {node.name}"
-        return {"gpu share": Miss(f"needs {part}{count}", len(free) + top.share / 1e6, has)}
+        return {"gpu share": Miss(wants, len(free) + top.share / 1e6, has)}
     if sum(gpu.memory_mb >= need.gpu_memory_mb for gpu in free) < need.gpus:
         top = max(free, key=lambda gpu: gpu.memory_mb)
         what = f"needs {need.gpu_memory_mb} MB on {'one GPU' if need.gpus == 1 else f'each of {count}'}"

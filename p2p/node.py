@@ -149,7 +149,7 @@ class Node:
             await self.stop()
 
     def _on_sigterm(self) -> None:
-        """With `drain_on_sigterm` the first one is a notice that the machine goes away; the second one stops at once."""
+        """With `drain_on_sigterm` the first is a notice that the machine goes away; the second stops at once."""
         if self.settings.work.drain_on_sigterm and not self._stop.is_set():
             self._notice.set()
         else:

@@ -115,8 +115,9 @@ async def nodes(request: web.Request) -> web.Response:
     check_query(request)
     here = context(request)
     as_of = await here.read_point(request, page=True)
-    members, marks = here.nodes(), await here.operations.node_marks()
-    shown = {name: {**member, **marks.get(name, {})} for name, member in members.items()}
+    members = here.nodes()
+    marks = await here.operations.node_marks(members)
+    shown = {name: {**member, **marks[name]} for name, member in members.items()}
     return answer(request, {"nodes": shown, "as_of": as_of}, as_of=as_of)
 
 

@@ -97,7 +97,7 @@ class DeskOfTheLeader:
         return {(job["id"], job["attempt"]): job for job in told["jobs"]}
 
     async def leave(self, worker: str, seconds: float) -> None:
-        """This node's machine will be taken away: nothing new, and what still runs in so many seconds goes elsewhere."""
+        """This node's machine will be taken away: nothing new, and what runs in so many seconds goes elsewhere."""
         if self._own.leads:
             await self._own.leave(worker, seconds)
             return

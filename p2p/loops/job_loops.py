@@ -157,6 +157,7 @@ class WorkerPullLoop(Loop):
         self.runner = RunnerClient(runner_folder, on_report=self._on_report, on_lost=self._on_lost)
         self._ends: dict[Key, AttemptReport] = {}
         self._end_ready, self._beat_soon, self._lost = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._delivered = asyncio.Event()
         self._stopping: set[Key] = set()
         self._early: dict[Key, AttemptReport] | None = None  # reports that came while attempts were being taken up
         self._renewed_at = 0
@@ -173,7 +174,8 @@ class WorkerPullLoop(Loop):
         spare = seconds - max(graces, default=0.0) - LEAVE_SPARE_SECONDS
         await self._until_answered(lambda: self._desk.leave(self.workplace.node, max(spare, 0.0)))
         while self.workplace.jobs:
-            await asyncio.sleep(RETRY_SECONDS)
+            self._delivered.clear()
+            await self._delivered.wait()
 
     def running_jobs(self) -> int:
         """Attempts that run here now."""
@@ -421,6 +423,7 @@ class WorkerPullLoop(Loop):
             del self._ends[report.key]
             del self.workplace.jobs[report.key]
             self._stopping.discard(report.key)
+        self._delivered.set()
 
     async def _tidy(self) -> None:
         """Deletes the folders of long ended attempts."""
