@@ -56,14 +56,13 @@ _LOCAL_PREFIXES = (
     "/admin/shutdown",
     "/admin/election",
     "/daemons",
-    "/nodes",
     "/events",
     "/metrics",
     "/health",
     "/ready",
     "/status",
 )
-_PAGES = frozenset({"/work_queue_status", "/work_assignment_status"})
+_PAGES = frozenset({"/work_queue_status", "/work_assignment_status", "/nodes"})
 # Headers of one connection, not of the request; what this node alone may say; and what its own check of who asks has
 # used up: the leader is asked by this node, with the cluster's token.
 _NOT_PASSED_ON = HOP_BY_HOP | {
@@ -100,8 +99,6 @@ class Asked:
 def where(request: web.Request) -> str:
     """LEADER, PAGE or LOCAL."""
     path = request.path
-    if path.startswith("/nodes/") and request.method == "POST":
-        return LEADER
     if path == "/" or path.startswith(_LOCAL_PREFIXES) or path.endswith("/logs"):
         return LOCAL
     if path in _PAGES:
