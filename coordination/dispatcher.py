@@ -264,19 +264,17 @@ class Dispatcher:
                 return [], []  # before anything is placed: an attempt that nobody was told of is a line in its history
             self._heard(worker)
             notices = self.leases.take_notices(worker, self._clock.mono_ms())
-            if notices:
-                return [], notices
-            jobs = await self.matching.wait(worker, until, gone)
+            # What must be told cannot wait for work; what work there is goes along.
+            jobs = await self.matching.wait(worker, self._clock.mono_ms() if notices else until, gone)
+            notices += self.leases.take_notices(worker, self._clock.mono_ms())
             if jobs and gone():
                 await self.release_those_held([job["id"] for job in jobs], "its worker hung up before it was told")
-                return [], []
-            if jobs:
-                for job in jobs:
-                    self._complete_gang(job)
-                return jobs, self.leases.take_notices(worker, self._clock.mono_ms())
+                return [], notices
+            for job in jobs:
+                self._complete_gang(job)
             marked = self.matching.barred.get(worker) != mark  # it is told so with the answer
-            if marked or self._clock.mono_ms() >= until or gone():
-                return [], self.leases.take_notices(worker, self._clock.mono_ms())
+            if jobs or notices or marked or self._clock.mono_ms() >= until or gone():
+                return jobs, notices
 
     def _complete_gang(self, job: dict[str, Any]) -> None:
         """Where the members of a gang meet: at the address of rank 0, as far as anybody knows it."""
@@ -511,12 +509,12 @@ class Dispatcher:
             return ""
         names = ", ".join(kept.nodes[:8])
         left = sum(attempt.node in kept.nodes for attempt in kept.awaited)
-        when = "once they have ended"
-        if kept.until_ms < NEVER:
-            when = f"in {max(kept.until_ms - self._clock.mono_ms(), 0) / 1000:.0f} s at the latest"
+        when = ""
         if kept.preempts:
-            when = "and they have been asked to make way"
-        return f"room is kept for it on {names}: {_some('job', left)} must end there first, {when}"
+            when = "; it has been asked to make way"
+        elif kept.until_ms < NEVER:
+            when = f", in {max(kept.until_ms - self._clock.mono_ms(), 0) / 1000:.0f} s at the latest"
+        return f"room is kept for it on {names}: {_some('job', left)} must end there first{when}"
 
     def _is_there(self, worker: str) -> bool:
         """Whether it waits for work now, or was heard of within a lease."""

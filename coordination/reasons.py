@@ -34,7 +34,9 @@ def misses(need: Need, node: Node, *, idle: bool) -> dict[str, Miss]:
         found["node"] = Miss(f"asks for node {need.node}", 0, "")
     for label, value in need.labels:
         if node.labels.get(label) != value:
-            found[f"label {label}"] = Miss(f"needs label {label}={value}", 0, "")
+            there_is = node.labels.get(label)
+            has = f"{node.name} has {label}={there_is or '(none)'}"
+            found[f"label {label}"] = Miss(f"needs label {label}={value}", float(there_is is not None), has)
     for label, value in need.not_labels:
         if node.labels.get(label) == value:
             found[f"not {label}"] = Miss(f"must not have label {label}={value}", 0, "")

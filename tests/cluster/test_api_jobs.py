@@ -208,16 +208,25 @@ def test_a_pending_job_says_that_no_worker_has_asked(desk: NodeProcess) -> None:
 
 
 IMPOSSIBLE = {
-    "cpus": ({"cpus": 64}, "needs 64 cores; 1 free on n1"),
-    "memory": ({"memory_mb": 2000}, "needs 2000 MB of memory; 1000 free on n1"),
-    "node": ({"node": "elsewhere"}, "asks for node elsewhere; this is n1"),
+    "cpus": ({"cpus": 64}, "needs 64 cores; the largest node has 1 on n1"),
+    "memory": ({"memory_mb": 2000}, "needs 2000 MB of memory; the largest node has 1000 on n1"),
+    "node": ({"node": "elsewhere"}, "asks for node elsewhere"),
     "label": ({"labels": {"zone": "us"}}, "needs label zone=us; n1 has zone=eu"),
     "label-absent": ({"labels": {"rack": "1"}}, "needs label rack=1; n1 has rack=(none)"),
-    "gpus": ({"gpus": 3}, "needs 3 GPU(s) (any); 2 of 2 on n1 fit"),
-    "gpu-memory": ({"gpus": 2, "gpu_memory_mb": 50_000}, "needs 2 GPU(s) (50000 MB free each); 1 of 2 on n1 fit"),
-    "gpu-memory-all": ({"gpus": 1, "gpu_memory_mb": 90_000}, "the largest free is 80000 MB"),
+    "gpus": ({"gpus": 3}, "needs 3 GPUs; the most on one node is 2"),
+    "gpu-memory": (
+        {"gpus": 2, "gpu_memory_mb": 50_000},
+        "needs 50000 MB on each of 2 GPUs; the largest GPU has 80000 MB on n1",
+    ),
+    "gpu-memory-all": (
+        {"gpus": 1, "gpu_memory_mb": 90_000},
+        "needs 90000 MB on one GPU; the largest GPU has 80000 MB on n1",
+    ),
     "gpu-model": ({"gpus": 1, "gpu_model": "B200|MI300"}, "of model B200|MI300"),
-    "capability": ({"gpus": 1, "min_compute_capability": "10.0"}, "0 of 2 on n1 fit"),
+    "capability": (
+        {"gpus": 1, "min_compute_capability": "10.0"},
+        "needs 1 GPU of compute capability 10.0; the most on one node is 0",
+    ),
 }
 
 
@@ -239,8 +248,11 @@ def test_a_job_that_waits_for_room_says_so(one_slot: NodeProcess, gate: Path) ->
     first = one_slot.submit(**sh(until(gate)))
     one_slot.wait_for(first, "running")
     second = one_slot.submit(**sh("true"))
-    wait_until(lambda: "busy" in one_slot.job(second)["why_pending"])
-    assert one_slot.job(second)["why_pending"] == ("waits for room; the only node is busy: needs 1 cores; 0 free on n1")
+    wait_until(lambda: "room is kept" in one_slot.job(second)["why_pending"])
+    assert one_slot.job(second)["why_pending"] == (
+        "waits for room: needs 1 cores; the most free is 0 on n1; first in line; "
+        "room is kept for it on n1: 1 job must end there first"
+    )
     gate.touch()
     assert "why_pending" not in one_slot.wait_for(second, "completed")
 
@@ -509,8 +521,8 @@ def test_shares_of_a_gpu_are_packed_and_whole_ones_stay_whole(one_slot: NodeProc
     whole = visible(one_slot, gate, gpus=1)
     assert whole["gpus"] == ["GPU-bb"]
     extra = one_slot.submit(**sh("true", requires=NO_CPU | half))
-    wait_until(lambda: "busy" in one_slot.job(extra)["why_pending"])
-    assert "needs 1 GPU(s) (any); 0 of 2 on n1 fit" in one_slot.job(extra)["why_pending"]
+    wait_until(lambda: "waits for room" in one_slot.job(extra)["why_pending"])
+    assert "needs 0.5 of a GPU; the most free of one is 0" in one_slot.job(extra)["why_pending"]
     gate.touch()
     for record in (first, second, whole):
         one_slot.wait_for(record["id"], "completed")

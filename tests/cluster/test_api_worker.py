@@ -274,7 +274,7 @@ def test_a_parked_claim_is_told_what_to_kill(worker: Worker, verb: str) -> None:
     assert worker.node.request("POST", f"/jobs/{job['id']}/{verb}", {})[0] == 200
     changed = time.monotonic()
     at, told = answer()
-    assert told["cancel"] == [{"id": job["id"], "attempt": 1}]
+    assert told["cancel"] == [{"id": job["id"], "attempt": 1, "reason": "cancelled"}]
     assert at - changed < 2
 
 
@@ -350,7 +350,7 @@ def test_gpus_are_granted_by_uuid_over_http(desk: NodeProcess) -> None:
     granted = {job["id"]: job["gpus"] for job in worker.claim(**room)["jobs"]}
     assert big not in granted
     assert granted[small] == ["GPU-2"] and ["GPU-1"] in granted.values()
-    assert "needs 1 GPU(s) (20000 MB free each)" in desk.job(big)["why_pending"]
+    assert "needs 1 GPU, whole; the most free of one is 0" in desk.job(big)["why_pending"]
 
 
 # -- what a failure carries --------------------------------------------------------------------------------------------

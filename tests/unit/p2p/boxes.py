@@ -116,7 +116,6 @@ class Box:
         self.ills: deque[Journal] = deque()
         self.asked: list[tuple[str, str]] = []  # (method, path with query) of what came in
         self.heads: list[dict[str, str]] = []
-        self.drained: list[bool] = []
         self.before: Callable[[web.Request], Any] | None = None  # awaited before anything else
         self.running: set[tuple[str, int]] = set()
         settings = build({"node_id": name, "host": "127.0.0.1", "data_dir": folder, "auth_token": token})
@@ -153,7 +152,6 @@ class Box:
             attempt_folder=lambda job, attempt: folder / f"{job}.{attempt}",
             attempt_runs=lambda job, attempt: (job, attempt) in self.running,
             shut_down=lambda: None,
-            drain=self.drained.append,
         )
         self.address = ""
         self._stop: Callable[[], Awaitable[None]] | None = None
