@@ -25,12 +25,12 @@ from coordination.fleet import Fleet
 from coordination.kinds import Kinds
 from coordination.leases import Claimant, Held, LeaseTable, Notice, Signs, Verdict
 from coordination.matching import Matching, Room
-from coordination.placement import Scoring, compile_need, with_defaults
+from coordination.placement import compile_need, with_defaults
 from coordination.planner import NEVER, Planner, PlanPolicy
 from coordination.queue_reads import NodeMark, QueueReader
 from coordination.queue_state import QueueState, ReadyLane
 from coordination.reasons import tally
-from coordination.scoring import default_scoring
+from coordination.scoring import RoomScoring
 from coordination.shares import Shares
 from coordination.submission import Submission
 from coordination.trouble import JOBS, Trouble
@@ -83,7 +83,6 @@ class Dispatcher:
         lease_ms: int = 30_000,
         max_unfinished: int = 2_000_000,
         translate: Callable[[Exception], Exception] = lambda error: error,
-        scoring: Callable[[], Scoring] = default_scoring,
         policy: PlanPolicy | None = None,
         group_weights: Mapping[str, float] | None = None,
     ) -> None:
@@ -100,7 +99,7 @@ class Dispatcher:
         self._steady_offset = clock.now_ms() - clock.mono_ms()
         self._began_at = clock.mono_ms()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._scoring, self._policy, self._group_weights = scoring, policy, dict(group_weights or {})
+        self._policy, self._group_weights = policy, dict(group_weights or {})
         self.marks: dict[str, NodeMark] = {}  # what is said of nodes
         self.matching = self._new_matching()
         self._trouble, self._black_holes = Trouble(), set[str]()
@@ -108,15 +107,17 @@ class Dispatcher:
 
     def _new_matching(self) -> Matching:
         """Nothing known yet: of nodes, of what runs, of who has had how much."""
+        self._scoring = RoomScoring()
         floors = {name: kind.floor for name, kind in self.kinds.by_name.items() if kind.floor is not None}
         return Matching(
-            Planner(Fleet(self._scoring()), Shares(self._group_weights, floors), self._policy),
+            Planner(Fleet(self._scoring), Shares(self._group_weights, floors), self._policy),
             self.leases,
             lanes=self._changed_lanes,
             propose=self.propose,
             give_back=lambda jobs: self.release_those_held(jobs, "its worker hung up before it was told"),
             mono_ms=self._clock.mono_ms,
             now_ms=self._clock.now_ms,
+            arrived=self._scoring.arrived,
         )
 
     async def _changed_lanes(self, limit: int, everything: bool) -> list[ReadyLane]:
@@ -569,6 +570,9 @@ class Dispatcher:
         for worker in [name for name in fleet.nodes if not self._is_there(name)]:
             self.matching.planner.remove_node(worker)
         self.matching.planner.shares.forget_idle(now)
+        waiting = [(lane.need, lane.count) for lane in self.matching.planner.lanes.values()]
+        if self._scoring.due() or (waiting and self._scoring.epoch == 0):
+            self._scoring.renew(list(fleet.nodes.values()), waiting)
         for mark in self.marks.values():
             if mark.draining and mark.deadline_ms and self._clock.now_ms() >= mark.deadline_ms:
                 self._ask_to_go(mark.node, "drained")

@@ -28,6 +28,7 @@ class Candidate(NamedTuple):
     name: str
     version: int
     gpus: tuple[int, ...]
+    epoch: int = 0
 
 
 @dataclass(slots=True)
@@ -35,7 +36,6 @@ class _Rank:
     need: Need  # as asked for, or without hints that no node could satisfy
     heap: list[Candidate] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)  # nodes to score again before the heap is believed
-    epoch: int = -1
 
 
 class Fleet:
@@ -47,6 +47,11 @@ class Fleet:
         self.open: set[str] = set()
         self._ranks: OrderedDict[Need, _Rank] = OrderedDict()
         self._could: dict[Need, Need | None] = {}
+
+    def use(self, scoring: Scoring) -> None:
+        """Another opinion on which node is best, from now on."""
+        self._scoring = scoring
+        self._ranks.clear()
 
     # -- nodes come, change and go --------------------------------------------------------------------------------
 
@@ -112,65 +117,68 @@ class Fleet:
 
     def _rank(self, need: Need) -> _Rank:
         rank = self._ranks.get(need)
-        epoch = getattr(self._scoring, "epoch", 0)
         if rank is None:
-            rank = self._ranks[need] = _Rank(self.could(need) or need)
+            rank = self._ranks[need] = _Rank(self.could(need) or need, changed=set(self.open))
             if len(self._ranks) > MAX_RANKS:
                 self._ranks.popitem(last=False)
         else:
             self._ranks.move_to_end(need)
-        if rank.epoch != epoch or len(rank.heap) > 4 * len(self.nodes) + 64:
-            rank.epoch, rank.heap = epoch, []
-            rank.changed = set(self.nodes)
+        if len(rank.heap) > 4 * len(self.nodes) + 64:
+            rank.heap, rank.changed = [], set(self.open)
         return rank
 
     def _score_changed(self, rank: _Rank) -> None:
-        need, heap, scoring = rank.need, rank.heap, self._scoring
-        for name in rank.changed:
-            node = self.nodes.get(name)
-            if node is None or name not in self.open:
-                continue
-            free = node.fitting(need)
-            if free is None:
-                continue
-            cost, gpus = scoring.cost(need, node, free)
-            if need.prefer == "memory":
-                cost = -float(node.total_memory_mb)
-            heapq.heappush(heap, Candidate(_detour(need, node), cost, name, node.version, gpus))
-        rank.changed = set()
+        changed, rank.changed = rank.changed, set()
+        for name in changed:
+            if name in self.open:
+                self._score(rank, self.nodes[name])
+
+    def _score(self, rank: _Rank, node: Node) -> None:
+        need = rank.need
+        free = node.fitting(need)
+        if free is None:
+            return
+        cost, gpus = self._scoring.cost(need, node, free)
+        if need.prefer == "memory":
+            cost = -float(node.total_memory_mb)
+        found = Candidate(_detour(need, node), cost, node.name, node.version, gpus, self._scoring.epoch)
+        heapq.heappush(rank.heap, found)
+
+    def _top(self, rank: _Rank) -> Candidate | None:
+        """The best entry that is still true. Costs of an older epoch only rank the entries: the best of them is scored
+        anew, until it stays the best."""
+        heap, epoch = rank.heap, self._scoring.epoch
+        while heap:
+            best = heap[0]
+            node = self.nodes.get(best.name)
+            true = node is not None and node.version == best.version and best.name in self.open
+            if true and best.epoch == epoch:
+                return best
+            heapq.heappop(heap)
+            if true and node is not None:
+                self._score(rank, node)
+        return None
 
     def candidates(self, need: Need) -> Iterator[Candidate]:
         """The open nodes that fit now, best first. What is taken from them must wait until the iterator is closed."""
         rank = self._rank(need)
         if rank.changed:
             self._score_changed(rank)
-        heap, seen = rank.heap, []
+        seen: list[Candidate] = []
         try:
-            while heap:
-                best = heap[0]
-                node = self.nodes.get(best.name)
-                if node is None or node.version != best.version or best.name not in self.open:
-                    heapq.heappop(heap)
-                    continue
-                seen.append(heapq.heappop(heap))
+            while (best := self._top(rank)) is not None:
+                seen.append(heapq.heappop(rank.heap))
                 yield best
         finally:
             for candidate in seen:
-                heapq.heappush(heap, candidate)
+                heapq.heappush(rank.heap, candidate)
 
     def best(self, need: Need) -> Candidate | None:
         """The best open node that fits now."""
         rank = self._rank(need)
         if rank.changed:
             self._score_changed(rank)
-        heap = rank.heap
-        while heap:
-            best = heap[0]
-            node = self.nodes.get(best.name)
-            if node is not None and node.version == best.version and best.name in self.open:
-                return best
-            heapq.heappop(heap)
-        return None
+        return self._top(rank)
 
 
 def _detour(need: Need, node: Node) -> int:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from coordination import commands as c
 from coordination.lane import lane_key
 from coordination.leases import Held, LeaseTable
-from coordination.placement import Offer, need_of
+from coordination.placement import Need, Offer, need_of
 from coordination.planner import NEVER, Assignment, Lane, Plan, Planner, Running
 from coordination.queue_reads import HeldRow
 from coordination.queue_state import Claimed, ReadyLane
@@ -59,11 +59,13 @@ class Matching:
         give_back: Callable[[list[str]], Awaitable[Any]],
         mono_ms: Callable[[], int],
         now_ms: Callable[[], int],
+        arrived: Callable[[Need, int], None] = lambda need, nodes: None,
     ) -> None:
-        """`lanes(limit, everything)` asks the queue what is pending; `give_back` releases jobs nobody was told of."""
+        """`lanes(limit, everything)` asks the queue what is pending; `give_back` releases jobs nobody was told of;
+        `arrived` hears of every job that is placed."""
         self.planner, self._leases = planner, leases
         self._lanes, self._propose, self._give_back = lanes, propose, give_back
-        self._mono_ms, self._now_ms = mono_ms, now_ms
+        self._mono_ms, self._now_ms, self._arrived = mono_ms, now_ms, arrived
         self.rooms: dict[str, Room] = {}
         self.barred: dict[str, str] = {}  # nodes that get nothing new, and why
         self._parked: dict[str, list[Parked]] = {}
@@ -270,6 +272,8 @@ class Matching:
     def _carry_out(self, plan: Plan) -> None:
         if plan.assignments:
             workers = {worker for assignment in plan.assignments for worker, _ in assignment.members}
+            for assignment in plan.assignments:
+                self._arrived(self.planner.lanes[assignment.lane].need, len(assignment.members))
             entries: dict[str, Parked] = {}
             for worker in sorted(workers):
                 entries[worker] = self._parked[worker][0]

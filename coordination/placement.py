@@ -324,10 +324,13 @@ def _may_serve(need: Need, gpu: Gpu) -> bool:
 
 
 class Scoring(Protocol):
-    """Which of the nodes that fit is best: the least cost. `free` are the numbers of the GPUs that fit now."""
+    """Which of the nodes that fit is best: the least cost. Costs of different epochs are of different opinions."""
+
+    @property
+    def epoch(self) -> int: ...
 
     def cost(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
-        """The cost of serving `need` on `node`, and by which of its GPUs."""
+        """The cost of serving `need` on `node`, and by which of its GPUs. `free`: the numbers of those that fit now."""
         ...
 
 
