@@ -26,6 +26,10 @@ class GpuOffer:
     memory_free_mb: int = 0
     share_free: float = 1.0
     compute_capability: str = "0.0"
+    healthy: bool = True
+    numa_node: int = -1
+    links: tuple[str, ...] = ()  # uuids of its NVLink peers
+    utilization: float | None = None  # per cent, as last measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
