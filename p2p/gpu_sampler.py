@@ -60,7 +60,7 @@ class GpuSampler:
         self._wake.set()
         if self._thread is None:
             return True
-        self._thread.join(STOP_SECONDS)
+        self._thread.join(0 if self._is_late() else STOP_SECONDS)
         return not self._thread.is_alive()
 
     def poke(self) -> None:
@@ -70,10 +70,12 @@ class GpuSampler:
     @property
     def reading(self) -> Reading:
         """The newest look; all of its GPUs in doubt while the next one hangs."""
-        newest, since = self._newest, self._since
-        if since is not None and self._clock() - since >= self._deadline:
-            return newest.in_doubt(self.late)
-        return newest
+        newest = self._newest
+        return newest.in_doubt(self.late) if self._is_late() else newest
+
+    def _is_late(self) -> bool:
+        since = self._since
+        return since is not None and self._clock() - since >= self._deadline
 
     def _run(self) -> None:
         while not self._stopping:

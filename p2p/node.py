@@ -633,19 +633,23 @@ class Node:
 
     def _gpu_meta_now(self) -> dict[str, Any]:
         """How much of its GPUs is free, in figures so round and so seldom new that telling everybody costs nothing."""
+        reading = self._gpu_reading()
+        if not reading.gpus:
+            return {}
         if time.monotonic() - self._gpu_meta_at >= GPU_META_SECONDS:
             self._gpu_meta_at = time.monotonic()
-            reading = self._gpu_reading()
-            free = self._gpu_free(reading)
             used = [gpu.utilization for gpu in reading.gpus if gpu.healthy and gpu.utilization is not None]
-            self._gpu_meta = {"gpu_free_gb": sum(free.values()) // 1024} if reading.gpus else {}
-            if used:
-                self._gpu_meta["gpu_use"] = round(sum(used) / len(used), -1)
+            self._gpu_meta = {
+                "gpu_free_gb": sum(self._gpu_free(reading).values()) // 1024,
+                "gpu_use": round(sum(used) / len(used), -1) if used else None,
+            }
         return self._gpu_meta
 
     def _gpu_free(self, reading: Reading) -> dict[str, int]:
         worker = self.loops.get(WorkerPullLoop.name)
-        return worker.workplace.gpu_free_mb(reading) if isinstance(worker, WorkerPullLoop) else {}
+        if isinstance(worker, WorkerPullLoop):
+            return worker.workplace.gpu_free_mb(reading)
+        return {gpu.uuid: gpu.memory_free_mb for gpu in reading.offers()}  # it is being started
 
     def _capabilities(self) -> dict[str, Any] | None:
         """What seldom changes. It travels to every node whenever it does, so what changes all the time is not in it."""
@@ -663,6 +667,7 @@ class Node:
     def _member(self, member: Member, voters: set[str]) -> dict[str, Any]:
         node = member.node
         mine = node == self.settings.node_id
+        gpus = self._gpu_meta_now() if mine else member.meta
         role = "leader" if node == self.leadership.leader.node else "follower" if node in voters else "worker"
         return {
             "state": str(member.state),
@@ -670,8 +675,8 @@ class Node:
             "role": role,
             "last_seen_age": 0.0 if mine else self.cluster.last_seen_age(node),
             "resources": self._own_resources() if mine else self.cluster.capabilities_of(node),
-            "gpu_free_gb": (self._gpu_meta if mine else member.meta).get("gpu_free_gb"),
-            "gpu_use": (self._gpu_meta if mine else member.meta).get("gpu_use"),
+            "gpu_free_gb": gpus.get("gpu_free_gb"),
+            "gpu_use": gpus.get("gpu_use"),
             "running_jobs": self._running() if mine else member.meta.get("running_jobs", 0),
             "draining": self.draining if mine else bool(member.meta.get("draining", False)),
             "version": member.meta.get("version"),

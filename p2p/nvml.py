@@ -295,6 +295,8 @@ class Library:
             return _plain(function(*arguments))
         except self._nvml.NVMLError as error:
             raise NvmlError(error.value, str(error)) from None
+        except self._nvml.NVMLLibraryMismatchError as error:  # the driver is older than this function
+            raise NvmlError(FUNCTION_NOT_FOUND, str(error)) from None
 
     def numa_node(self, bus: str) -> int:
         domain, _, rest = bus.partition(":")  # NVML writes the domain with eight digits, the kernel with four
@@ -414,8 +416,10 @@ class Recorded:
         try:
             stat = self._path.stat()
             if (stamp := (stat.st_mtime_ns, stat.st_ino)) != self._stamp:
-                self._body = json.loads(self._path.read_text(encoding="utf-8"))
-                self._stamp = stamp
+                body = json.loads(self._path.read_text(encoding="utf-8"))
+                if not isinstance(body, dict):
+                    raise ValueError("it is no JSON object")
+                self._body, self._stamp = body, stamp
         except (OSError, ValueError) as error:
             raise NvmlError(999, f"the recording {self._path} cannot be read: {error}") from None
 
@@ -481,7 +485,9 @@ def record(nvml: Nvml) -> dict[str, Any]:
     recorder = Recorder(nvml)
     recorder.open()
     try:
-        NvmlReader(_Opened(recorder)).read()
+        reading = NvmlReader(_Opened(recorder)).read()
+        if reading.error is not None:
+            raise NvmlError(999, reading.error)
     finally:
         recorder.close()
     return recorder.body
