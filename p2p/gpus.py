@@ -193,14 +193,20 @@ class Health:
         return None
 
 
-def free_mb(gpu: Gpu, grants: Mapping[K, int], owner: Callable[[Holder], K | None]) -> int:
+def unnamed_mb(gpu: Gpu) -> int:
+    """MiB that NVML shows as used but gives to no process that can be seen from here: one of another PID namespace, of
+    a MIG instance, or under a driver that does not tell."""
+    named = sum(holder.memory_mb or 0 for holder in gpu.holders if holder.who is not None)
+    return max(gpu.used_mb - named, 0)
+
+
+def free_mb(gpu: Gpu, grants: Mapping[K, int], owner: Callable[[Holder], K | None], *, before: int = 0) -> int:
     """MiB that a further job could get, of what `grants` (our running jobs on this GPU and what each declared, 0 for
     none) and its processes leave.
 
     A job takes what it declared or what it uses, whichever is more, so that neither is counted twice. Memory of
-    processes that are nobody's job is a stranger's. What NVML shows as used but gives to no process that we can see
-    (another PID namespace, a MIG instance, a driver that does not tell) is taken for our own jobs' as far as they have
-    not used what they declared, and beyond that for a stranger's.
+    processes that are nobody's job is a stranger's. What is unnamed is taken for our own jobs', as far as it has come
+    since they began (`before` is how much there was) and they have not used what they declared; else for a stranger's.
     """
     used = dict.fromkeys(grants, 0)
     strangers = 0
@@ -212,9 +218,10 @@ def free_mb(gpu: Gpu, grants: Mapping[K, int], owner: Callable[[Holder], K | Non
             used[job] += holder.memory_mb
         else:
             strangers += holder.memory_mb
-    unnamed = max(gpu.used_mb - sum(used.values()) - strangers, 0)
+    unnamed = unnamed_mb(gpu)
     unmet = sum(max(granted - used[job], 0) for job, granted in grants.items())
-    taken = sum(max(granted, used[job]) for job, granted in grants.items()) + strangers + max(unnamed - unmet, 0)
+    strangers += unnamed - min(max(unnamed - before, 0), unmet)
+    taken = sum(max(granted, used[job]) for job, granted in grants.items()) + strangers
     return max(gpu.memory_mb - gpu.reserved_mb - taken, 0)
 
 

@@ -52,7 +52,7 @@ from p2p.driver import Driver, NotLeader, Stopped, Unknown, boot_seconds, die
 from p2p.election.rank import WAN, Timers
 from p2p.gpu_jobs import identify
 from p2p.gpu_sampler import GpuSampler
-from p2p.gpus import Reading, figures
+from p2p.gpus import Reading, figures, free_mb
 from p2p.ids import Index, NodeId, node_of
 from p2p.journal import snapshot
 from p2p.leadership import Leadership
@@ -649,7 +649,9 @@ class Node:
         worker = self.loops.get(WorkerPullLoop.name)
         if isinstance(worker, WorkerPullLoop):
             return worker.workplace.gpu_free_mb(reading)
-        return {gpu.uuid: gpu.memory_free_mb for gpu in reading.offers()}  # it is being started
+        return {
+            gpu.uuid: free_mb(gpu, {}, lambda _: None) for gpu in reading.gpus if gpu.healthy
+        }  # it is being started
 
     def _capabilities(self) -> dict[str, Any] | None:
         """What seldom changes. It travels to every node whenever it does, so what changes all the time is not in it."""

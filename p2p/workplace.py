@@ -14,14 +14,14 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from coordination.placement import Offer, Shape, take, with_defaults
 from coordination.validation import MAX_DEPTH, nested_deeper
 from p2p.gpu_jobs import Claim, CpuWork, ownership
-from p2p.gpus import Gpu, Reading, free_mb
+from p2p.gpus import Gpu, Reading, free_mb, unnamed_mb
 from p2p.runner.client import StartSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,7 @@ class LocalJob:
     ended: bool = False
     progress_mtime_ms: int = 0
     cpu_work: CpuWork | None = None  # of a job with GPUs
+    gpu_unnamed_mb: dict[str, int] = field(default_factory=dict)  # nobody's that we see, when it was taken on
 
     @property
     def key(self) -> Key:
@@ -116,7 +117,9 @@ class Workplace:
         owner = ownership(claims)
 
         def free(gpu: Gpu) -> int:
-            return free_mb(gpu, {c.key: c.memory_mb for c in claims if gpu.uuid in c.gpus}, owner)
+            here = {c.key: c.memory_mb for c in claims if gpu.uuid in c.gpus}
+            before = min((self.jobs[key].gpu_unnamed_mb.get(gpu.uuid, 0) for key in here), default=0)
+            return free_mb(gpu, here, owner, before=before)
 
         return {gpu.uuid: free(gpu) for gpu in reading.gpus if gpu.healthy}
 
@@ -136,6 +139,9 @@ class Workplace:
         """Takes on a claimed job."""
         job_id, attempt = description["id"], description["attempt"]
         job = LocalJob(id=job_id, attempt=attempt, description=description, folder=self.attempt_folder(job_id, attempt))
+        reading = self.look_at_gpus() if job.gpus else None
+        if reading is not None:
+            job.gpu_unnamed_mb = {gpu.uuid: unnamed_mb(gpu) for gpu in reading.gpus if gpu.uuid in job.gpus}
         self.jobs[job.key] = job
         return job
 
@@ -143,7 +149,11 @@ class Workplace:
         """Takes up an attempt that the runner has from before this start, as the queue describes it. One the queue
         does not know (any more) takes no room; its end is reported all the same, and refused."""
         known = self.jobs.get((job_id, attempt))
-        return known or self.add(description or {"id": job_id, "attempt": attempt, "requires": {"cpus": 0}})
+        if known is not None:
+            return known
+        job = self.add(description or {"id": job_id, "attempt": attempt, "requires": {"cpus": 0}})
+        job.gpu_unnamed_mb = {}  # what nobody is seen to hold may be its own by now
+        return job
 
     def start_spec(self, job: LocalJob, log_cap_bytes: int) -> StartSpec:
         """What the runner is to start; it makes the attempt's folder."""

@@ -48,7 +48,7 @@ class GpuWatchLoop(Loop):
         self._worker, self._reading, self._alerts, self._now_ms = worker, reading, alerts, now_ms
         self._policy = policy
         self._seen: dict[tuple[int, int], float] = {}  # leftovers by (pid, start) -> loop time of the first look
-        self._signalled: dict[tuple[int, int], float] = {}
+        self._sent: dict[tuple[int, int], tuple[float, signal.Signals]] = {}  # since when, and what was sent last
         self.stats.update(leftovers_ended=0, memory_kills=0)
 
     async def turn(self) -> None:
@@ -84,17 +84,19 @@ class GpuWatchLoop(Loop):
         return [item for item in found if now - self._seen[item.pid, item.start] >= RUNNER_SECONDS]
 
     async def _end(self, left: list[Leftover]) -> None:
+        """SIGTERM, and after a while SIGKILL, once each: what even that does not end hangs in the kernel."""
         now = asyncio.get_running_loop().time()
-        here = {(item.pid, item.start) for item in left}
-        self._signalled = {key: at for key, at in self._signalled.items() if key in here}
-        for item in left:
-            at = self._signalled.setdefault((item.pid, item.start), now)
+        here = {(item.pid, item.start): item for item in left}
+        self._sent = {key: sent for key, sent in self._sent.items() if key in here}
+        for key, item in here.items():
+            at, last = self._sent.get(key, (now, None))
             number = signal.SIGKILL if now - at >= GRACE_SECONDS else signal.SIGTERM
-            if number == signal.SIGTERM and at != now:
-                continue  # it has had one, and has a moment left
+            if number is last:
+                continue
+            self._sent[key] = at, number
             log.warning("%s, which has ended: sending it %s", item, number.name)
-            if await asyncio.to_thread(processes.signal_exactly, item.pid, item.start, number):
-                self.stats["leftovers_ended"] += at == now
+            if await asyncio.to_thread(processes.signal_exactly, *key, number):
+                self.stats["leftovers_ended"] += last is None
 
 
 def _unhealthy(reading: Reading) -> dict[str, str]:

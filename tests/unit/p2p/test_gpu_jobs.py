@@ -72,7 +72,8 @@ def test_ownership(holder: Holder, whose: tuple[str, int] | None) -> None:
         (Reading(gpus=(Gpu(uuid="G1", fault="NVML: GPU is lost"),)), 0.0),
     ],
     ids=["the device's", "idle", "not measured", "by process", "the neighbour works", "two processes of the job",
-         "somebody works whom we cannot see", "NVML hangs", "nobody has looked", "no such GPU", "a lost GPU does nothing"],
+         "somebody works whom we cannot see", "NVML hangs", "nobody has looked", "no such GPU",
+         "a lost GPU does nothing"],
 )  # fmt: skip
 def test_use_of_a_job(told: Reading, use: float | None) -> None:
     one = claim()

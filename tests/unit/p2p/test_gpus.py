@@ -106,7 +106,7 @@ FREE: dict[str, tuple[dict[str, Any], dict[Any, int], int]] = {
     "empty": ({}, {}, 46_000),
     "the driver's own": ({"reserved_mb": 500}, {}, 45_500),
     "granted, not used yet": ({}, {OURS: 16_000}, 30_000),
-    "granted and used is counted once": ({"used_mb": 9_000, "holders": (holder(1, 9_000, "a"),)}, {OURS: 16_000}, 30_000),
+    "granted and used counts once": ({"used_mb": 9_000, "holders": (holder(1, 9_000, "a"),)}, {OURS: 16_000}, 30_000),
     "used beyond the grant": ({"used_mb": 20_000, "holders": (holder(1, 20_000, "a"),)}, {OURS: 16_000}, 26_000),
     "declared nothing": ({"used_mb": 20_000, "holders": (holder(1, 20_000, "a"),)}, {OURS: 0}, 26_000),
     "a stranger beside a job": (
@@ -117,7 +117,8 @@ FREE: dict[str, tuple[dict[str, Any], dict[Any, int], int]] = {
     "nobody we see may be our job": ({"used_mb": 7_000, "holders": (HIDDEN,)}, {OURS: 16_000}, 30_000),
     "but not beyond what it declared": ({"used_mb": 20_000, "holders": (HIDDEN,)}, {OURS: 16_000}, 26_000),
     "two jobs": (
-        {"used_mb": 15_000, "holders": (holder(1, 5_000, "a"), holder(2, 10_000, "b"))}, {OURS: 8_000, OTHER: 8_000}, 28_000,
+        {"used_mb": 15_000, "holders": (holder(1, 5_000, "a"), holder(2, 10_000, "b"))},
+        {OURS: 8_000, OTHER: 8_000}, 28_000,
     ),
     "never below nothing": ({"used_mb": 46_000, "holders": (holder(2, 46_000),)}, {OURS: 16_000}, 0),
 }  # fmt: skip
@@ -126,6 +127,13 @@ FREE: dict[str, tuple[dict[str, Any], dict[Any, int], int]] = {
 @pytest.mark.parametrize(("state", "grants", "free"), FREE.values(), ids=FREE)
 def test_free_memory(state: dict[str, Any], grants: dict[tuple[str, int], int], free: int) -> None:
     assert free_mb(gpu(**state), grants, owner) == free
+
+
+def test_what_was_there_before_our_jobs_is_a_strangers() -> None:
+    told = gpu(used_mb=7_000, holders=(HIDDEN,))
+    assert free_mb(told, {OURS: 16_000}, owner, before=7_000) == 23_000
+    assert free_mb(replace(told, used_mb=15_000), {OURS: 16_000}, owner, before=7_000) == 23_000, "8000 are the job's"
+    assert free_mb(replace(told, used_mb=0), {OURS: 16_000}, owner, before=7_000) == 30_000
 
 
 @given(
