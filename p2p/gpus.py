@@ -37,6 +37,7 @@ FATAL_XIDS: Mapping[int, str] = {
     143: "it could not be initialised",
 }
 GONE = "NVML does not list it any more: lost off the bus"
+MAX_HOLDERS = 16  # named on a page
 IDLE_BELOW = 5.0  # per cent; a GPU below it does no work to speak of
 
 
@@ -225,8 +226,17 @@ def free_mb(gpu: Gpu, grants: Mapping[K, int], owner: Callable[[Holder], K | Non
     return max(gpu.memory_mb - gpu.reserved_mb - taken, 0)
 
 
-def figures(gpus: Iterable[Gpu], free: Callable[[Gpu], int]) -> dict[str, dict[str, Any]]:
-    """What changes all the time, by uuid: for the node's own pages."""
+def figures(
+    gpus: Iterable[Gpu], free: Callable[[Gpu], int], owner: Callable[[Holder], tuple[str, int] | None]
+) -> dict[str, dict[str, Any]]:
+    """What changes all the time, by uuid: for the node's own pages. Of a holder that is no running job's, `job` is
+    null; `name` is, if the process cannot be seen from here."""
+
+    def held(holder: Holder) -> dict[str, Any]:
+        job = owner(holder)
+        name = holder.who.name if holder.who is not None else None
+        return {"pid": holder.pid, "name": name, "memory_mb": holder.memory_mb, "job": job[0] if job else None}
+
     return {
         gpu.uuid: {
             "free_mb": free(gpu) if gpu.healthy else 0,
@@ -234,6 +244,7 @@ def figures(gpus: Iterable[Gpu], free: Callable[[Gpu], int]) -> dict[str, dict[s
             "utilization": gpu.utilization,
             "temperature": gpu.temperature,
             "processes": gpu.processes,
+            "holders": [held(holder) for holder in gpu.holders if holder.memory_mb != 0][:MAX_HOLDERS],
         }
         for gpu in gpus
     }

@@ -50,7 +50,7 @@ from p2p.api.listener import listen
 from p2p.cluster import Callbacks, Cluster
 from p2p.driver import Driver, NotLeader, Stopped, Unknown, boot_seconds, die
 from p2p.election.rank import WAN, Timers
-from p2p.gpu_jobs import identify
+from p2p.gpu_jobs import identify, ownership
 from p2p.gpu_sampler import GpuSampler
 from p2p.gpus import Reading, figures, free_mb
 from p2p.ids import Index, NodeId, node_of
@@ -661,8 +661,9 @@ class Node:
         """For this node's own pages: with what its GPUs do now."""
         described, reading = self._capabilities(), self._gpu_reading()
         if described is not None:
-            free = self._gpu_free(reading)
-            now = figures(reading.gpus, lambda gpu: free.get(gpu.uuid, 0))
+            free, worker = self._gpu_free(reading), self.loops.get(WorkerPullLoop.name)
+            claims = worker.workplace.gpu_claims() if isinstance(worker, WorkerPullLoop) else []
+            now = figures(reading.gpus, lambda gpu: free.get(gpu.uuid, 0), ownership(claims))
             described["gpus"] = [gpu | now.get(gpu["uuid"], {}) for gpu in described["gpus"]]
         return described
 

@@ -114,13 +114,32 @@ def test_pages_show_each_gpu_as_it_is_now(rig: Rig) -> None:
     assert first["uuid"] == FIRST
     assert (first["free_mb"], first["utilization"], first["temperature"], first["processes"]) == (81_008, 0.0, 44, 0)
     assert (second["free_mb"], second["utilization"], second["processes"], second["healthy"]) == (61_008, 97.0, 1, True)
+    assert second["holders"] == [{"pid": 2_000_000_001, "name": None, "memory_mb": 20_000, "job": None}]
     assert me(node)["gpu_free_gb"] == (81_008 + 61_008) // 1024
     rig.hold(0, (2_000_000_009, 1_000), use=33)
     wait_until(lambda: gpus(node)[0]["free_mb"] == 80_008)
     assert gpus(node)[0]["utilization"] == 33.0
     assert node.status()["peers"]["n1"]["resources"]["gpus"] == gpus(node)
-    told = node.request("GET", "/peer/capabilities")
-    assert "utilization" not in json.dumps(told), "that would go to every node every few seconds"
+    told = json.dumps(node.request("GET", "/peer/capabilities"))
+    assert FIRST in told
+    assert "utilization" not in told, "that would go to every node every few seconds"
+
+
+def test_other_nodes_know_the_gpus_and_about_how_much_of_them_is_free(rig: Rig, tmp_path: Path) -> None:
+    has_gpus = rig.start()
+    other = NodeProcess(tmp_path / "other", ["--no-populate", "--no-worker", "--peers", has_gpus.address], node_id="n2")
+    rig.nodes.append(other)
+    other.start()
+
+    def seen() -> dict[str, Any]:
+        told = other.request("GET", "/nodes")[1]["nodes"].get("n1") or {}
+        return told if told.get("resources") else {}
+
+    wait_until(lambda: seen().get("gpu_free_gb") == (81_008 + 61_008) // 1024)
+    assert seen()["gpu_use"] == 50
+    assert [(gpu["uuid"], gpu["healthy"]) for gpu in seen()["resources"]["gpus"]] == [(FIRST, True), (SECOND, True)]
+    rig.change(lambda body: body["devices"][1].update(xids=[95]))
+    wait_until(lambda: [gpu["healthy"] for gpu in seen()["resources"]["gpus"]] == [True, False], seconds=30)
 
 
 def test_what_strangers_hold_is_not_given_away(rig: Rig) -> None:
@@ -144,6 +163,8 @@ def test_a_job_that_uses_what_it_was_granted_leaves_the_rest(rig: Rig) -> None:
     rig.hold(place, (pid_of(node, first), 25_000))
     wait_until(lambda: gpus(node)[place]["used_mb"] == 25_000)
     assert gpus(node)[place]["free_mb"] == 51_008
+    (held,) = gpus(node)[place]["holders"]
+    assert (held["name"], held["job"]) == ("sleep", first)
 
 
 def test_a_hung_nvml_makes_gpus_unhealthy_and_nothing_slow_and_they_come_back(rig: Rig) -> None:
