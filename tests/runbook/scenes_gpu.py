@@ -293,7 +293,7 @@ def takes_more(d: Deployment) -> Steps:
 def jobs_wait(d: Deployment) -> Steps:
     begin(d)
     job = d.submit("true", requires={"gpus": 1, "gpu_memory_mb": 81_559})
-    wait_until(lambda: d.job(job).get("why_pending"))
+    wait_until(lambda: "81008 MB" in d.job(job)["why_pending"])
     done = yield
     assert done.output.startswith(f"{job} {{")
     assert '"gpu_memory_mb": 81559' in done.output
