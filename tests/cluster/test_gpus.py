@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.gpus import HAS_GPU
 from tests.nodes import ROOT, NodeProcess, wait_until
 
 MIB = 1 << 20
@@ -276,3 +277,56 @@ def test_what_an_ended_job_left_on_a_gpu_is_ended_and_strangers_are_not(rig: Rig
         for process in (left, *others):
             process.kill()
             process.wait()
+
+
+# -- on a machine that has one ----------------------------------------------------------------------------------------
+
+WORK = """
+import ctypes, os, pathlib, time
+pathlib.Path("gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+cuda = ctypes.CDLL("libcuda.so.1")
+device, context, memory = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+for code in (
+    cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0), cuda.cuCtxCreate_v2(ctypes.byref(context), 0, device),
+    cuda.cuMemAlloc_v2(ctypes.byref(memory), ctypes.c_size_t(2 << 30)),
+):
+    assert code == 0, code
+while not pathlib.Path("idle").exists():
+    for n in range(200):
+        cuda.cuMemsetD8_v2(memory, n % 256, ctypes.c_size_t(2 << 30))
+    cuda.cuCtxSynchronize()
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="NVML finds no GPU on this machine")
+def test_a_job_on_a_gpu_of_this_machine(start_node: Callable[..., NodeProcess]) -> None:
+    """Its memory is seen, its work is a sign of life, and its idling is told."""
+    node = start_node(
+        "--no-populate",
+        work={"gpu_sample_seconds": 0.5},
+        queue={"lease_seconds": 5, "heartbeat_seconds": 0.2},
+        reaper={"gpu_idle_seconds": 5},
+        health={"interval_seconds": 0.2},
+    )
+    idle = {gpu["uuid"]: gpu for gpu in gpus(node)}
+    job = node.submit(
+        command=[sys.executable, "-c", WORK], requires={"gpus": 1, "gpu_memory_mb": 1_000, "gpu_share": 0.5, "cpus": 1}
+    )
+    chosen = node.data / f"jobs/{job}.1/gpu"
+    before = idle[wait_until(lambda: chosen.exists() and chosen.read_text())]
+
+    def mine() -> dict[str, Any]:
+        return next(gpu for gpu in gpus(node) if gpu["uuid"] == before["uuid"])
+
+    wait_until(lambda: mine()["used_mb"] - before["used_mb"] >= 2_000, seconds=60)
+    assert before["free_mb"] - mine()["free_mb"] >= 2_000, "it uses more than it declared"
+    if mine()["utilization"] is None:
+        return  # a MIG instance: its use cannot be told, and is not held against it
+    wait_until(lambda: mine()["utilization"] >= 50, seconds=60)
+    time.sleep(6)
+    assert node.request("GET", "/work_queue_status")[1]["stalled"] == 0
+    (node.data / f"jobs/{job}.1/idle").touch()
+    wait_until(lambda: node.request("GET", "/work_queue_status")[1]["stalled"] == 1, seconds=60)
+    node.request("POST", f"/jobs/{job}/cancel")
+    wait_until(lambda: mine()["used_mb"] - before["used_mb"] < 1_000, seconds=60)

@@ -17,6 +17,7 @@ import pytest
 
 from p2p.gpus import Gpu, Health, Holder, Reading
 from p2p.nvml import Library, NvmlAbsent, NvmlReader, Recorded, Recorder, main, record
+from tests.gpus import HAS_GPU
 from tests.nodes import ROOT, wait_until
 
 DATA = ROOT / "tests/data/nvml"
@@ -232,14 +233,6 @@ def test_this_machine_can_be_recorded(fake_library: Path, tmp_path: Path) -> Non
 # -- this machine -----------------------------------------------------------------------------------------------------
 
 
-def _has_gpu() -> bool:
-    try:
-        return bool(NvmlReader(Library()).read().gpus)
-    except ImportError:
-        return False
-
-
-HAS_GPU = _has_gpu()
 real = pytest.mark.skipif(not HAS_GPU, reason="NVML finds no GPU on this machine")
 
 
@@ -284,6 +277,7 @@ def test_a_recording_of_this_machine_reads_as_it_does(tmp_path: Path) -> None:
     ]
 
 
+# Holds a gibibyte of the first GPU, and works for a while whenever it is told to.
 HOLD = """
 import ctypes, sys
 cuda = ctypes.CDLL("libcuda.so.1")
@@ -295,7 +289,7 @@ for code in (
     assert code == 0, code
 print("held", flush=True)
 for _ in sys.stdin:
-    for n in range(200):
+    for n in range(2_000):
         cuda.cuMemsetD8_v2(memory, n % 256, ctypes.c_size_t(1 << 30))
     cuda.cuCtxSynchronize()
     print("worked", flush=True)
