@@ -38,7 +38,7 @@ from coordination.scoring import SURVEY_EVERY, RoomScoring
 OVERLOAD = 1.3
 TYPICAL = 0.95
 NODE_COLUMNS = ("cpu_milli", "memory_mib", "gpu", "model")
-POD_COLUMNS = ("cpu_milli", "memory_mib", "num_gpu", "gpu_milli", "gpu_spec")
+POD_COLUMNS = ("cpu_milli", "memory_mib", "num_gpu", "gpu_milli")  # and gpu_spec, which some of the lists lack
 
 
 class BadInput(Exception):
@@ -274,7 +274,7 @@ def read_pods(path: Path) -> list[Need]:
         share = _number(path, line, row, "gpu_milli", 1000) if gpus else 0
         if gpus and not share:
             raise BadInput(f"{path}, line {line}: gpu_milli is 0, but num_gpu is {gpus}")
-        names = sorted({re.escape(name) for name in (row["gpu_spec"] or "").split("|") if name})
+        names = sorted({re.escape(name) for name in (row.get("gpu_spec") or "").split("|") if name})
         models = f"^(?:{'|'.join(names)})$" if gpus and names else None
         key = (cpu, memory, gpus, share, models)
         if key not in known:  # equal pods are one need, as equal jobs are

@@ -86,6 +86,11 @@ class WorkerSettings(Section):
     notice_seconds: float = Field(30, gt=0, le=86_400, description="with drain_on_sigterm: how long it may take")
     keep_folders: int = Field(10_000, ge=0, description="folders of ended attempts kept; the oldest go first")
     keep_folders_hours: float = Field(24 * 7, gt=0, description="folders of ended attempts older than this go")
+    gpu_sample_seconds: float = Field(5, gt=0, le=60, description="how often the GPUs are looked at")
+    gpu_deadline_seconds: float = Field(10, gt=0, le=300, description="NVML silent for so long: no GPU is offered")
+    gpu_memory_policy: Literal["warn", "kill"] = Field(
+        "warn", description="for a job that uses more memory of a shared GPU than it asked for"
+    )
 
 
 class ReaperSettings(Section):
@@ -94,6 +99,7 @@ class ReaperSettings(Section):
     interval_seconds: float = Field(5, gt=0)
     stale_job_threshold_seconds: float = Field(1800, gt=0, description="claimed for this long and never started")
     stuck_job_threshold_seconds: float = Field(3600, gt=0, description="in progress without a sign of life")
+    gpu_idle_seconds: float = Field(600, gt=0, description="the same of a job with GPUs, before it is told as stalled")
     max_jobs_to_reap_per_cycle: int = Field(10, ge=1)
 
 

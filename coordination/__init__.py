@@ -11,6 +11,6 @@ The life of a job (`queue_state.EDGES` is the authority)::
 
 In reading order: `job` (the noun) and `kinds`; `commands`, the only ways to change the queue; `queue_state`, the rules;
 `queue_reads`, the questions; `placement`, `leases`, `retry`, `population`, `health`, the pure decisions; `dispatcher`,
-the leader's desk; `operations`, every order of a person, once; then the operators' API: `work_queue`,
-`unified_queue_populator`, `daemon_manager`, `alerts`, with `live` to say where it goes.
+the leader's desk; `stalls`, who is told as stalled; `operations`, every order of a person, once; then the operators'
+API: `work_queue`, `unified_queue_populator`, `daemon_manager`, `alerts`, with `live` to say where it goes.
 """

@@ -13,6 +13,7 @@ class DaemonType(StrEnum):
     WORKER_PULL = "worker_pull"
     QUEUE_MAINTENANCE = "queue_maintenance"
     HEALTH_MONITOR = "health_monitor"
+    GPU_WATCH = "gpu_watch"
 
 
 class DaemonState(StrEnum):

@@ -21,6 +21,7 @@ from coordination.health import QueueFigures, judge
 from coordination.job import JobState
 from coordination.leases import Verdict
 from coordination.queue_reads import MAX_PAGE, NodeMark, QueueReader
+from coordination.stalls import Stalls
 from coordination.unified_queue_populator import Populator
 
 DEFAULT_STUCK_SECONDS = 3600.0
@@ -74,11 +75,14 @@ class Operations:
         alerts: AlertBook,
         limits: HealthSettings,
         node_status: Callable[[], Awaitable[dict[str, Any]]],
+        *,
+        gpu_idle_seconds: float = 600.0,
     ) -> None:
         self._desk, self._populator, self._supervisor, self._alerts = dispatcher, populator, supervisor, alerts
         self._limits = limits
         self._node_status = node_status
         self._depth = Depth()
+        self.stalls = Stalls(dispatcher, gpu_idle_seconds=gpu_idle_seconds)
 
     # -- what the queue looks like --------------------------------------------------------------------------------
 
@@ -111,7 +115,7 @@ class Operations:
         hour: defaultdict[str, int] = defaultdict(int)
         for _minute, _kind, what, n in ends:
             hour[what] += n
-        stuck = desk.stuck(int(DEFAULT_STUCK_SECONDS * 1000))
+        stuck = await self.stalls.now(int(DEFAULT_STUCK_SECONDS * 1000))
         deep_for, pending_for = self._depth.note(by_state["pending"], self._limits.queue_depth, now)
         figures = QueueFigures(
             pending=by_state["pending"],
@@ -175,11 +179,15 @@ class Operations:
             }
         return dict(sorted(rows.items()))
 
-    async def stuck(self, threshold_seconds: Any = DEFAULT_STUCK_SECONDS) -> dict[str, Any]:
-        """``{"jobs": […]}``: in progress for at least the threshold and with a reason."""
-        threshold = check_number("threshold_seconds", threshold_seconds)
+    async def stuck(self, threshold_seconds: Any = None) -> dict[str, Any]:
+        """``{"jobs": […]}``: in progress for at least the threshold and with a reason; without a threshold those that
+        ``stalled`` counts."""
+        if threshold_seconds is None:
+            found = await self.stalls.now(int(DEFAULT_STUCK_SECONDS * 1000))
+        else:
+            found = self._desk.stuck(int(check_number("threshold_seconds", threshold_seconds) * 1000))
         now_ms = self._desk.steady_ms()
-        return {"jobs": [_stuck_row(verdict, now_ms) for verdict in self._desk.stuck(int(threshold * 1000))]}
+        return {"jobs": [_stuck_row(verdict, now_ms) for verdict in found]}
 
     async def failures(self, limit: Any = 20) -> dict[str, Any]:
         """``{"jobs": […]}``, newest first."""

@@ -11,7 +11,9 @@
 - `peers`, `leadership`: plain requests to other nodes; who leads, as far as this node knows.
 - `cluster`: the shell round all of that on one event loop: a node's part in its cluster.
 - `runner`: the daemon beside the node that owns the job processes and outlives it.
-- `resources`, `workplace`: what this node has, what is free, what a job's process sees.
+- `gpus`, `nvml`, `gpu_sampler`, `gpu_jobs`: which GPUs are fit and how much of each is free; who asks the driver, and
+  on which thread; which job uses what of them.
+- `resources` (with `cgroups`), `workplace`: what this node has, what is free, what a job's process sees.
 - `loops`: the background work: pull, reap, populate, maintain, watch.
 - `api`: the HTTP API, one file per noun; `forward` decides where a request is answered.
 - `node`, `main`: the composition root, and the way in. `cli`: ``p2pctl``, a person's orders through any node.

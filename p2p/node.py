@@ -51,11 +51,15 @@ from p2p.api.listener import listen
 from p2p.cluster import Callbacks, Cluster
 from p2p.driver import Driver, NotLeader, Stopped, Unknown, boot_seconds, die
 from p2p.election.rank import WAN, Timers
+from p2p.gpu_jobs import identify, ownership
+from p2p.gpu_sampler import GpuSampler
+from p2p.gpus import Reading, figures, free_mb
 from p2p.ids import Index, NodeId, node_of
 from p2p.journal import snapshot
 from p2p.leadership import Leadership
 from p2p.loops.base import Loop
 from p2p.loops.desk import DeskOfTheLeader
+from p2p.loops.gpu_loops import GpuWatchLoop
 from p2p.loops.health_loops import HealthMonitorLoop
 from p2p.loops.job_loops import JobReaperConfig, JobReaperLoop, WorkerPullLoop
 from p2p.loops.queue_loops import QueueMaintenanceLoop, QueuePopulatorLoop
@@ -75,6 +79,7 @@ RETRY_SECONDS = 0.2
 SAY_EVERY_SECONDS = 5.0
 QUEUE_PART_SECONDS = 0.7
 HIDDEN_PRIORITY = -10_000  # of a voter that nobody can dial: it leads only until another can
+GPU_META_SECONDS = 30.0  # between two figures of free GPU memory that every node is told
 STALE_SECONDS = 3.0  # a copy that has not heard its leader for so long has none
 SUSPECT = "state.suspect"  # left by a run that found the state damaged: the next start restores it
 
@@ -121,6 +126,9 @@ class Node:
         self._refused = ""  # why the cluster has no place for this node
         self._alerts = AlertBook(self.bus)
         self.resources: Resources | None = None
+        self.gpus: GpuSampler | None = None
+        self._gpu_meta: dict[str, Any] = {}
+        self._gpu_meta_at = float("-inf")
         self._opened = asyncio.Event()  # the desk has been open at least once
         self._undo: list[Callable[[], Any]] = []
         self._lock: IO[str] | None = None
@@ -237,6 +245,7 @@ class Node:
         self._build_work()
         if settings.worker:
             self.resources = await asyncio.to_thread(detect, settings.data_dir, settings.resources)
+            await self._start_sampling(self.resources)
         await self._listen(listener)
         await self.cluster.start(self.driver)
         self.driver.start()  # the last of all: a lone voter is elected at once, and then the desk must be there
@@ -507,8 +516,16 @@ class Node:
         alerts = self._alerts
         populator = Populator(self.desk, enabled=settings.populator.enabled, totals=settings.populator.totals)
         self.supervisor = Supervisor(self.clock, self.bus)
-        self.operations = Operations(self.desk, populator, self.supervisor, alerts, settings.health, self.status)
-        reaper = JobReaperConfig(**settings.reaper.model_dump())
+        self.operations = Operations(
+            self.desk,
+            populator,
+            self.supervisor,
+            alerts,
+            settings.health,
+            self.status,
+            gpu_idle_seconds=settings.reaper.gpu_idle_seconds,
+        )
+        reaper = JobReaperConfig(**settings.reaper.model_dump(exclude={"gpu_idle_seconds"}))
         health = HealthMonitorLoop(
             self.operations,
             self.desk,
@@ -556,30 +573,72 @@ class Node:
         except NotLeader as error:
             raise Refused(503, f"{error}; ask again") from None
 
+    async def _start_sampling(self, resources: Resources) -> None:
+        """Looks at the GPUs once, and from then on again and again."""
+        work = self.settings.work
+        self.gpus = GpuSampler(
+            resources.look,
+            identify=identify,
+            interval_seconds=work.gpu_sample_seconds,
+            deadline_seconds=work.gpu_deadline_seconds,
+        )
+        await asyncio.to_thread(self.gpus.start)
+        self._undo.append(lambda: asyncio.to_thread(self._stop_sampling, resources))
+        if self._gpu_reading().error:
+            log.warning("no GPUs offered: %s", self._gpu_reading().error)
+
+    def _stop_sampling(self, resources: Resources) -> None:
+        assert self.gpus is not None
+        if self.gpus.stop():
+            resources.close()
+
+    def _gpu_reading(self) -> Reading:
+        return self.gpus.reading if self.gpus is not None else Reading()
+
     def _open_workplace(self) -> None:
         settings = self.settings
         assert self.resources is not None
-        if self.resources.gpu_error:
-            log.warning("no GPUs offered: %s", self.resources.gpu_error)
         workplace = Workplace(
             settings.node_id,
-            self.resources.offer(settings.node_id),
+            self.resources.offer(settings.node_id, self._gpu_reading()),
             (settings.data_dir / "jobs").resolve(),
             self.url,
             settings.work.max_jobs,
+            gpus=self._gpu_reading,
         )
-        self._add(
-            DaemonType.WORKER_PULL,
-            WorkerPullLoop(
-                DeskOfTheLeader(settings.node_id, self.desk, self.leadership, self.peers),
-                workplace,
-                (settings.data_dir / "runner").resolve(),
-                settings.work,
-                heartbeat_seconds=settings.queue.heartbeat_seconds,
-                lease_seconds=settings.queue.lease_seconds,
-                pause=self.leadership.change,
-            ),
+        worker = WorkerPullLoop(
+            DeskOfTheLeader(settings.node_id, self.desk, self.leadership, self.peers),
+            workplace,
+            (settings.data_dir / "runner").resolve(),
+            settings.work,
+            heartbeat_seconds=settings.queue.heartbeat_seconds,
+            lease_seconds=settings.queue.lease_seconds,
+            pause=self.leadership.change,
         )
+        self._add(DaemonType.WORKER_PULL, worker)
+        self._watch_gpus(worker)
+
+    def _watch_gpus(self, worker: WorkerPullLoop) -> None:
+        assert self.gpus is not None and self._loop is not None
+        work, loop = self.settings.work, self._loop
+        watch = GpuWatchLoop(
+            worker,
+            self._gpu_reading,
+            self._alerts,
+            self.clock.now_ms,
+            policy=work.gpu_memory_policy,
+            interval_seconds=work.gpu_sample_seconds,
+        )
+        self._add(DaemonType.GPU_WATCH, watch)
+
+        def sampled() -> None:
+            try:
+                loop.call_soon_threadsafe(watch.poke)
+            except RuntimeError:
+                pass  # the loop has been closed: this node has stopped
+
+        self.gpus.on_sample = sampled
+        worker.on_gpus_freed = self.gpus.poke
 
     @property
     def draining(self) -> bool:
@@ -617,24 +676,61 @@ class Node:
         """What others see of this node at a glance; what it has travels by the hash of it."""
         resources = self._capabilities()
         meta: dict[str, Any] = {"running_jobs": self._running(), "draining": self.draining}
+        meta |= self._gpu_meta_now()
         if resources is not None:
             meta["caps"] = hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
             meta["zone"] = str(resources["labels"].get("zone", ""))[:60]
         return meta
 
+    def _gpu_meta_now(self) -> dict[str, Any]:
+        """How much of its GPUs is free, in figures so round and so seldom new that telling everybody costs nothing."""
+        reading = self._gpu_reading()
+        if not reading.gpus:
+            return {}
+        if time.monotonic() - self._gpu_meta_at >= GPU_META_SECONDS:
+            self._gpu_meta_at = time.monotonic()
+            used = [gpu.utilization for gpu in reading.gpus if gpu.healthy and gpu.utilization is not None]
+            self._gpu_meta = {
+                "gpu_free_gb": sum(self._gpu_free(reading).values()) // 1024,
+                "gpu_use": round(sum(used) / len(used), -1) if used else None,
+            }
+        return self._gpu_meta
+
+    def _gpu_free(self, reading: Reading) -> dict[str, int]:
+        worker = self.loops.get(WorkerPullLoop.name)
+        if isinstance(worker, WorkerPullLoop):
+            return worker.workplace.gpu_free_mb(reading)
+        return {
+            gpu.uuid: free_mb(gpu, {}, lambda _: None) for gpu in reading.gpus if gpu.healthy
+        }  # it is being started
+
     def _capabilities(self) -> dict[str, Any] | None:
-        return self.resources.as_json() if self.resources is not None else None
+        """What seldom changes. It travels to every node whenever it does, so what changes all the time is not in it."""
+        return self.resources.as_json(self._gpu_reading()) if self.resources is not None else None
+
+    def _own_resources(self) -> dict[str, Any] | None:
+        """For this node's own pages: with what its GPUs do now."""
+        described, reading = self._capabilities(), self._gpu_reading()
+        if described is not None:
+            free, worker = self._gpu_free(reading), self.loops.get(WorkerPullLoop.name)
+            claims = worker.workplace.gpu_claims() if isinstance(worker, WorkerPullLoop) else []
+            now = figures(reading.gpus, lambda gpu: free.get(gpu.uuid, 0), ownership(claims))
+            described["gpus"] = [gpu | now.get(gpu["uuid"], {}) for gpu in described["gpus"]]
+        return described
 
     def _member(self, member: Member, voters: set[str]) -> dict[str, Any]:
         node = member.node
         mine = node == self.settings.node_id
+        gpus = self._gpu_meta_now() if mine else member.meta
         role = "leader" if node == self.leadership.leader.node else "follower" if node in voters else "worker"
         return {
             "state": str(member.state),
             "address": self.cluster.address if mine else member.address,
             "role": role,
             "last_seen_age": 0.0 if mine else self.cluster.last_seen_age(node),
-            "resources": self.cluster.capabilities_of(node),
+            "resources": self._own_resources() if mine else self.cluster.capabilities_of(node),
+            "gpu_free_gb": gpus.get("gpu_free_gb"),
+            "gpu_use": gpus.get("gpu_use"),
             "running_jobs": self._running() if mine else member.meta.get("running_jobs", 0),
             "draining": self.draining if mine else bool(member.meta.get("draining", False)),
             "version": member.meta.get("version"),

@@ -14,13 +14,15 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from coordination.placement import Offer, Shape, take, with_defaults
 from coordination.validation import MAX_DEPTH, nested_deeper
+from p2p.gpu_jobs import Claim, CpuWork, ownership
+from p2p.gpus import Gpu, Reading, free_mb, unnamed_mb
 from p2p.runner.client import StartSpec
 
 log = logging.getLogger(__name__)
@@ -45,13 +47,20 @@ class LocalJob:
     description: dict[str, Any]
     folder: Path
     started_ms: int | None = None
+    pid: int | None = None  # of its first process
     told_start: bool = False
     ended: bool = False
     progress_mtime_ms: int = 0
+    cpu_work: CpuWork | None = None  # of a job with GPUs
+    gpu_unnamed_mb: dict[str, int] = field(default_factory=dict)  # nobody's that we see, when it was taken on
 
     @property
     def key(self) -> Key:
         return (self.id, self.attempt)
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        return tuple(self.description.get("gpus", ()))
 
     @property
     def shape(self) -> Shape:
@@ -61,19 +70,63 @@ class LocalJob:
 class Workplace:
     """The attempts of this node by (job, attempt)."""
 
-    def __init__(self, node: str, total: Offer, folder: Path, url: str, max_jobs: int) -> None:
-        self.node, self.total, self.folder, self.url, self.max_jobs = node, total, folder, url, max_jobs
+    def __init__(
+        self,
+        node: str,
+        total: Offer,
+        folder: Path,
+        url: str,
+        max_jobs: int,
+        gpus: Callable[[], Reading | None] = lambda: None,
+    ) -> None:
+        """`gpus` gives the newest look at them; without one they are what `total` says, and nobody else's."""
+        self.node, self._total, self.folder, self.url, self.max_jobs = node, total, folder, url, max_jobs
+        self.look_at_gpus = gpus
         self.jobs: dict[Key, LocalJob] = {}
         self.disk_free_mb = total.disk_mb  # as last measured; jobs write
         self._environment = _job_environment(os.environ)
 
+    @property
+    def total(self) -> Offer:
+        """All that there is, with nothing running; a GPU that is not healthy counts for nothing."""
+        reading = self.look_at_gpus()
+        return self._total if reading is None else replace(self._total, gpus=reading.offers())
+
     def free(self) -> Offer:
-        """The total less what runs here."""
+        """The total less what runs here, and less what strangers hold of the GPUs."""
         left = self.total
         for job in self.jobs.values():
             if not job.ended:
                 left = take(left, job.shape, job.description.get("gpus", ()))
-        return replace(left, disk_mb=min(left.disk_mb, self.disk_free_mb))
+        left = replace(left, disk_mb=min(left.disk_mb, self.disk_free_mb))
+        reading = self.look_at_gpus()
+        if reading is None:
+            return left
+        free = self.gpu_free_mb(reading)
+        measured = (
+            replace(gpu, memory_free_mb=free.get(gpu.uuid, 0), share_free=max(gpu.share_free, 0.0)) for gpu in left.gpus
+        )
+        return replace(left, gpus=tuple(measured))
+
+    def gpu_claims(self) -> list[Claim]:
+        """What each running attempt has of the GPUs."""
+        return [
+            Claim(job.key, job.gpus, job.shape["gpu_memory_mb"], job.shape["gpu_share"], job.pid, job.folder)
+            for job in list(self.jobs.values())
+            if job.gpus and not job.ended
+        ]
+
+    def gpu_free_mb(self, reading: Reading) -> dict[str, int]:
+        """MiB that another job could get of each healthy GPU, by uuid."""
+        claims = self.gpu_claims()
+        owner = ownership(claims)
+
+        def free(gpu: Gpu) -> int:
+            here = {c.key: c.memory_mb for c in claims if gpu.uuid in c.gpus}
+            before = min((self.jobs[key].gpu_unnamed_mb.get(gpu.uuid, 0) for key in here), default=0)
+            return free_mb(gpu, here, owner, before=before)
+
+        return {gpu.uuid: free(gpu) for gpu in reading.gpus if gpu.healthy}
 
     def measure_disk(self) -> int:
         """MiB free under the job folders now. Blocks."""
@@ -91,6 +144,9 @@ class Workplace:
         """Takes on a claimed job."""
         job_id, attempt = description["id"], description["attempt"]
         job = LocalJob(id=job_id, attempt=attempt, description=description, folder=self.attempt_folder(job_id, attempt))
+        reading = self.look_at_gpus() if job.gpus else None
+        if reading is not None:
+            job.gpu_unnamed_mb = {gpu.uuid: unnamed_mb(gpu) for gpu in reading.gpus if gpu.uuid in job.gpus}
         self.jobs[job.key] = job
         return job
 
@@ -101,7 +157,11 @@ class Workplace:
             if member["worker"] == self.node:  # of a gang each member has its own
                 description = {**(description or {}), "gpus": member["gpus"]}
         known = self.jobs.get((job_id, attempt))
-        return known or self.add(description or {"id": job_id, "attempt": attempt, "requires": {"cpus": 0}})
+        if known is not None:
+            return known
+        job = self.add(description or {"id": job_id, "attempt": attempt, "requires": {"cpus": 0}})
+        job.gpu_unnamed_mb = {}  # what nobody is seen to hold may be its own by now
+        return job
 
     def start_spec(self, job: LocalJob, log_cap_bytes: int) -> StartSpec:
         """What the runner is to start; it makes the attempt's folder."""

@@ -68,11 +68,10 @@ async def work_assignment_status(request: web.Request) -> web.Response:
 
 @routes.get("/work_queue/stuck")
 async def stuck(request: web.Request) -> web.Response:
-    """In progress for at least ?threshold_seconds= and with a reason."""
+    """In progress for at least ?threshold_seconds= and with a reason; without it, those that ``stalled`` counts."""
     check_query(request, "threshold_seconds")
     as_of = await context(request).read_point(request)
-    threshold = query_number(request, "threshold_seconds")
-    told = await context(request).operations.stuck(DEFAULT_STUCK_SECONDS if threshold is None else threshold)
+    told = await context(request).operations.stuck(query_number(request, "threshold_seconds"))
     return answer(request, {**told, "as_of": as_of}, as_of=as_of)
 
 

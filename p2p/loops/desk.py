@@ -144,8 +144,11 @@ def unpack_room(value: Any) -> Room:
 
 
 def _offer(value: dict[str, Any]) -> Offer:
-    gpus = tuple(GpuOffer(**{**gpu, "links": tuple(gpu.get("links", ()))}) for gpu in value["gpus"])
-    return Offer(**{**value, "gpus": gpus})
+    return Offer(**{**value, "gpus": tuple(_gpu(gpu) for gpu in value["gpus"])})
+
+
+def _gpu(value: dict[str, Any]) -> GpuOffer:
+    return GpuOffer(**{**value, "links": tuple(value.get("links", ()))})
 
 
 Answering = Callable[[Dispatcher, dict[str, Any]], Awaitable[dict[str, Any]]]

@@ -40,7 +40,7 @@ class HealthMonitorLoop(Loop):
         if self._desk.leads:
             status = await self._operations.queue_status()
             self._alerts.reconcile("queue", status["health"]["details"]["breaches"], now_ms)
-            self._tell_stalled(now_ms)
+            await self._tell_stalled(now_ms)
         else:
             self._alerts.reconcile("queue", {}, now_ms)  # the leader's to tell
         free_mb = (await asyncio.to_thread(shutil.disk_usage, self._data_dir)).free >> 20
@@ -48,10 +48,10 @@ class HealthMonitorLoop(Loop):
         low = f"{free_mb} MB free under {self._data_dir}; submits get 507 below {self._min_free_disk_mb} MB"
         self._alerts.reconcile("disk", {"disk_low": low} if self._desk.disk_low else {}, now_ms)
 
-    def _tell_stalled(self, now_ms: int) -> None:
+    async def _tell_stalled(self, now_ms: int) -> None:
         """WORK_STALLED, once for each attempt until it shows life again."""
         events = []
-        for verdict in self._desk.stuck(int(self._stuck_seconds * 1000)):
+        for verdict in await self._operations.stalls.now(int(self._stuck_seconds * 1000)):
             held = verdict.held
             if not held.stalled:
                 held.stalled = True

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from coordination.cuda_oom import TAIL_BYTES, is_cuda_oom
 from coordination.dispatcher import Beat, Dispatcher, Room
 from coordination.errors import OutcomeUnknown, Refused
 from coordination.leases import Notice, Signs, Verdict
+from coordination.placement import GpuOffer
 from p2p.driver import Overloaded
+from p2p.gpu_jobs import CpuWork, ownership, utilization
+from p2p.gpus import IDLE_BELOW
 from p2p.loops.base import Loop
 from p2p.runner.client import ActivitySample, AttemptReport, RunnerBusy, RunnerClient, RunnerUnavailable
 from p2p.runner.protocol import VERSION as RUNNER_VERSION
@@ -51,6 +55,7 @@ RETRY_SECONDS = 0.5
 RUNNER_SHUTDOWN_SECONDS = 3.0
 FOLDER_PRUNE_SECONDS = 300.0
 LEAVE_SPARE_SECONDS = 3.0  # of a notice, for reports and the stop itself
+LITTLE_GPU_MEMORY_MB = 256  # of change: not worth waking the leader for
 STRICT_SHARE = 0.8  # of a lease: a strict job is stopped this long after the last renewal (PROTOCOL §1)
 
 
@@ -159,6 +164,10 @@ class WorkerPullLoop(Loop):
         self._end_ready, self._beat_soon, self._lost = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._delivered = asyncio.Event()
         self._stopping: set[Key] = set()
+        self._why: dict[Key, str] = {}  # in a sentence, of attempts that this node ends by itself
+        self._taken_up = False  # what runs here is known: nothing else of this node's is running
+        self._told_gpus: tuple[GpuOffer, ...] = ()
+        self.on_gpus_freed: Callable[[], None] = lambda: None  # a job with GPUs has ended
         self._early: dict[Key, AttemptReport] | None = None  # reports that came while attempts were being taken up
         self._renewed_at = 0
         self.stats.update(jobs_pulled=0, pull_failures=0, jobs_reported=0, reports_refused=0)
@@ -204,6 +213,7 @@ class WorkerPullLoop(Loop):
         except* RunnerError as group:
             self._failed(RunnerUnavailable("; ".join(str(error) for error in group.exceptions)))
         finally:
+            self._taken_up = False
             await self._leave_runner()
         this = asyncio.current_task()
         if this is not None and this.cancelling():
@@ -248,6 +258,7 @@ class WorkerPullLoop(Loop):
         missing = [job for key, job in self.workplace.jobs.items() if key not in listed and not job.ended]
         await self._begin(missing)
         await self._until_answered(lambda: self._send_beats(list(self.workplace.jobs.values()), {}, first=True))
+        self._taken_up = True
 
     async def _described(self, keys: list[Key]) -> dict[Key, dict[str, Any]]:
         """What the queue says of attempts that were claimed before this start."""
@@ -274,6 +285,7 @@ class WorkerPullLoop(Loop):
                 if self._early is not None:
                     self._early[report.key] = report
                 continue
+            job.pid = report.pid or job.pid
             if report.started_ms is not None and job.started_ms is None:
                 job.started_ms = report.started_ms
                 self._beat_soon.set()
@@ -281,6 +293,8 @@ class WorkerPullLoop(Loop):
                 job.ended = True
                 self._ends[report.key] = report
                 self._end_ready.set()
+                if job.gpus:
+                    self.on_gpus_freed()
         if self._ends:
             self._tell_room()
 
@@ -290,7 +304,32 @@ class WorkerPullLoop(Loop):
     def _tell_room(self) -> None:
         place = self.workplace
         places = min(place.places(), CLAIM_BATCH)
-        self._desk.make_room(Room(place.free(), place.total, places))
+        free = place.free()
+        self._told_gpus = free.gpus
+        self._desk.make_room(Room(free, place.total, places))
+
+    def gpus_sampled(self) -> None:
+        """The GPUs have been looked at: tells the leader if what is free of them is something else than was told."""
+        if self._taken_up and _differ(self.workplace.free().gpus, self._told_gpus):
+            try:
+                self._tell_room()
+            except Refused as error:
+                self._failed(error)  # nobody leads; the next claim tells it
+
+    def known_attempts(self) -> frozenset[Key] | None:
+        """All attempts of this node that have not ended; None while that is not known."""
+        if not self._taken_up:
+            return None
+        return frozenset(key for key, job in self.workplace.jobs.items() if not job.ended)
+
+    async def end_attempt(self, key: Key, reason: str, why: str) -> None:
+        """Ends an attempt that breaks a rule; `why` is in its error. Does nothing where the runner is out of reach."""
+        if key not in self._stopping and self.runner.connected:
+            self._why[key] = why
+            try:
+                await self._kill([Notice(*key, reason)])
+            except RunnerError as error:
+                self._failed(error)  # the connection is being made anew, and the rule is looked at again
 
     # -- pulling -----------------------------------------------------------------------------------------------
 
@@ -381,13 +420,25 @@ class WorkerPullLoop(Loop):
         self, jobs: list[LocalJob], samples: dict[Key, ActivitySample], *, first: bool, whole: bool = False
     ) -> None:
         progress = await asyncio.to_thread(_progress_of, jobs, samples) if samples else {}
-        beats = [Beat(_signs(job, samples.get(job.key), progress.get(job.key)), job.started_ms) for job in jobs]
+        use = self._gpu_use()
+        signs = (_signs(job, samples.get(job.key), progress.get(job.key), use.get(job.key)) for job in jobs)
+        beats = [Beat(sign, job.started_ms) for sign, job in zip(signs, jobs, strict=True)]
         stale, cancelled = await self._desk.heartbeat(self.workplace.node, beats, first=first, whole=whole)
         self._renewed_at = self._desk.mono_ms()
         for job in jobs:
             job.told_start = job.told_start or job.started_ms is not None
         for reason, ids in (("stale", stale), ("cancelled", cancelled)):
             await self._kill(_oldest(jobs, ids, reason))
+
+    def _gpu_use(self) -> dict[Key, float]:
+        """Per cent that each attempt uses of its GPUs, of those of which it can be told."""
+        reading = self.workplace.look_at_gpus()
+        if reading is None:
+            return {}
+        claims = self.workplace.gpu_claims()
+        owner = ownership(claims)
+        told = {claim.key: utilization(claim, reading, owner) for claim in claims}
+        return {key: use for key, use in told.items() if use is not None}
 
     async def _stop_strict(self) -> None:
         """``fence: strict``: stopped before the lease could have passed to another worker."""
@@ -412,7 +463,7 @@ class WorkerPullLoop(Loop):
 
     async def _deliver(self, batch: list[AttemptReport]) -> None:
         jobs = [self.workplace.jobs[report.key] for report in batch]
-        items = await asyncio.to_thread(_ends_of, self.workplace, batch, jobs)
+        items = await asyncio.to_thread(_ends_of, self.workplace, batch, jobs, dict(self._why))
         batch = batch[: len(items)]
         answers = await self._desk.finish(items)
         refused = sum(answer is not None for answer in answers)
@@ -423,6 +474,7 @@ class WorkerPullLoop(Loop):
             del self._ends[report.key]
             del self.workplace.jobs[report.key]
             self._stopping.discard(report.key)
+            self._why.pop(report.key, None)
         self._delivered.set()
 
     async def _tidy(self) -> None:
@@ -446,17 +498,33 @@ def _oldest(jobs: list[LocalJob], ids: list[str], reason: str) -> list[Notice]:
     return found
 
 
-def _signs(job: LocalJob, sample: ActivitySample | None, progress: bytes | None) -> Signs:
+def _signs(job: LocalJob, sample: ActivitySample | None, progress: bytes | None, gpu_use: float | None) -> Signs:
+    """`gpu_use` is per cent, None where it cannot be told: then it is not held against the job."""
+    busy = bool(job.gpus) and (gpu_use is None or gpu_use >= IDLE_BELOW)
     if sample is None:
-        return Signs(job.id, job.attempt, busy=bool(job.description.get("gpus")))
+        return Signs(job.id, job.attempt, busy=busy)
+    cpu_seconds = sample.cpu_seconds
+    if job.gpus:
+        if job.cpu_work is None:
+            job.cpu_work = CpuWork(len(job.gpus))
+        cpu_seconds = round(job.cpu_work.add(cpu_seconds, time.monotonic()), 2)
     return Signs(
         job.id,
         job.attempt,
-        busy=bool(job.description.get("gpus")),  # its GPU's use is not measured yet, so it is not held against it
-        cpu_seconds=sample.cpu_seconds,
+        busy=busy,
+        cpu_seconds=cpu_seconds,
         output_bytes=sample.stdout_bytes + sample.stderr_bytes,
         progress_mtime_ms=sample.progress_mtime_ms,
         progress=progress,
+    )
+
+
+def _differ(now: tuple[GpuOffer, ...], told: tuple[GpuOffer, ...]) -> bool:
+    """Whether it matters: which GPUs there are, which are healthy, and more than a little of their free memory."""
+    return len(now) != len(told) or any(
+        (a.uuid, a.healthy, a.share_free) != (b.uuid, b.healthy, b.share_free)
+        or abs(a.memory_free_mb - b.memory_free_mb) >= LITTLE_GPU_MEMORY_MB
+        for a, b in zip(now, told, strict=True)
     )
 
 
@@ -477,21 +545,23 @@ def _progress_of(jobs: list[LocalJob], samples: dict[Key, ActivitySample]) -> di
     return changed
 
 
-def _ends_of(place: Workplace, batch: list[AttemptReport], jobs: list[LocalJob]) -> tuple[AttemptDone, ...]:
+def _ends_of(
+    place: Workplace, batch: list[AttemptReport], jobs: list[LocalJob], why: dict[Key, str]
+) -> tuple[AttemptDone, ...]:
     """As many of them as one entry of the journal should carry; at least one."""
     items: list[AttemptDone] = []
     size = 0
     for report, job in zip(batch, jobs, strict=True):
-        items.append(_end_of(place, report, job))
+        items.append(_end_of(place, report, job, why.get(report.key)))
         size += len(items[-1].result or b"") + len(items[-1].checkpoint or b"")
         if size >= REPORT_BYTES:
             break
     return tuple(items)
 
 
-def _end_of(place: Workplace, report: AttemptReport, job: LocalJob) -> AttemptDone:
+def _end_of(place: Workplace, report: AttemptReport, job: LocalJob, why: str | None = None) -> AttemptDone:
     """What the leader is told of an ended attempt; reads ``result.json``, and ``checkpoint.json`` of one that did not
-    complete."""
+    complete. `why` this node ended it, if it did."""
     ok = report.reason == "exit" and report.exit_code == 0
     error = report.error
     result: bytes | None = None
@@ -508,6 +578,8 @@ def _end_of(place: Workplace, report: AttemptReport, job: LocalJob) -> AttemptDo
             error = f"{error}; {problem}" if error else f"its checkpoint was not taken: {problem}"
     if not ok and error is None:
         error = f"it ended with {report.reason}"
+    if why is not None and report.reason != "exit":
+        error = f"{error}: {why}"
     cause = report.reason or "exit"
     if cause == "exit" and not ok and _ran_out_of_gpu_memory(job, error or ""):
         cause = "cuda_oom"

@@ -1,19 +1,28 @@
-"""A runbook page for a fleet: its sections, how one is played, and what must hold of every page."""
+"""A runbook page: its sections, how one is played, and what must hold of every page."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import pytest
 
 from tests.runbook import blocks
-from tests.runbook.blocks import OUTPUT, SHELL
+from tests.runbook.blocks import OUTPUT, SHELL, Block
 from tests.runbook.deployment import Outcome
-from tests.runbook.fleet import Fleet
 
 Steps = Generator[None, Outcome, None]
+
+
+class Place(Protocol):
+    """Where blocks are run: one box, or a fleet."""
+
+    def run(self, block: Block) -> Outcome: ...
+
+
+P = TypeVar("P", bound=Place)
 
 
 class Page:
@@ -22,14 +31,14 @@ class Page:
         self.all = blocks.read(path)
         self.sections = blocks.sections([block for block in self.all if block.language != OUTPUT])
 
-    def play(self, section: str, scene: Callable[[Fleet], Steps], fleet: Fleet) -> None:
-        """Sets the scene and runs the section's blocks on box-1, in order."""
-        steps = scene(fleet)
+    def play(self, section: str, scene: Callable[[P], Steps], place: P) -> None:
+        """Sets the scene and runs the section's blocks there (of a fleet: on box-1), in order."""
+        steps = scene(place)
         next(steps)
         left = list(self.sections[section])
         while left:
             block = left.pop(0)
-            done = fleet.run(block).check(block)
+            done = place.run(block).check(block)
             try:
                 steps.send(done)
             except StopIteration:
