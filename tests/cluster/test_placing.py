@@ -299,7 +299,7 @@ WHY = {
     "model": ({"gpus": 1, "gpu_model": "H100"}, r"needs 1 GPU of model H100; the most on one node is 0"),
     "count": ({"gpus": 2}, r"needs 2 GPUs; the most on one node is 1"),
     "cpus": ({"cpus": 64}, r"needs 64 cores; the largest node has 4"),
-    "label": ({"labels": {"zone": "eu"}}, r"needs label zone=eu \(fails on 3 of 3 nodes\)"),
+    "label": ({"labels": {"zone": "eu"}}, r"needs label zone=eu; n\d has zone=\(none\) \(fails on 3 of 3 nodes\)"),
     "node": ({"node": "elsewhere"}, r"asks for node elsewhere \(fails on 3 of 3 nodes\)"),
 }
 
