@@ -27,7 +27,7 @@ from coordination.matching import Matching, Room
 from coordination.placement import Scoring
 from coordination.planner import Planner, PlanPolicy
 from coordination.queue_reads import NodeMark, QueueReader
-from coordination.queue_state import QueueState, ReadyLane
+from coordination.queue_state import ChangedLanes, QueueState
 from coordination.scoring import default_scoring
 from coordination.shares import Shares
 from coordination.submission import Submission
@@ -112,10 +112,9 @@ class Dispatcher:
             now_ms=self._clock.now_ms,
         )
 
-    async def _changed_lanes(self, limit: int, everything: bool) -> list[ReadyLane]:
+    async def _changed_lanes(self, limit: int, since: int) -> ChangedLanes:
         """Runs on the apply thread, between batches."""
-        state = self._state
-        return await asyncio.wrap_future(self._journal.query(lambda: state.changed_lanes(limit, everything=everything)))
+        return await asyncio.wrap_future(self._journal.query(lambda: self._state.changed_lanes(limit, since)))
 
     @property
     def rooms(self) -> dict[str, Room]:
@@ -255,19 +254,16 @@ class Dispatcher:
             if gone():
                 return [], []  # before anything is placed: an attempt that nobody was told of is a line in its history
             self._heard(worker)
-            notices = self.leases.take_notices(worker, self._clock.mono_ms())
-            if notices:
-                return [], notices
-            jobs = await self.matching.wait(worker, until, gone)
+            notices = self.leases.take_notices(worker, now := self._clock.mono_ms())
+            jobs = await self.matching.wait(worker, now if notices else until, gone)
             if jobs and gone():
                 await self.release_those_held([job["id"] for job in jobs], "its worker hung up before it was told")
-                return [], []
-            if jobs:
-                for job in jobs:
-                    self._complete_gang(job)
-                return jobs, self.leases.take_notices(worker, self._clock.mono_ms())
-            if self._clock.mono_ms() >= until or gone():
-                return [], self.leases.take_notices(worker, self._clock.mono_ms())
+                return [], notices
+            for job in jobs:
+                self._complete_gang(job)
+            now = self._clock.mono_ms()
+            if jobs or notices or now >= until or gone():
+                return jobs, notices + self.leases.take_notices(worker, now)
 
     def _complete_gang(self, job: dict[str, Any]) -> None:
         """Where the members of a gang meet: at the address of rank 0, as far as anybody knows it."""
