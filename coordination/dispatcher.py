@@ -28,7 +28,7 @@ from coordination.matching import Matching, Room
 from coordination.placement import compile_need, with_defaults
 from coordination.planner import NEVER, Planner, PlanPolicy
 from coordination.queue_reads import NodeMark, QueueReader
-from coordination.queue_state import QueueState, ReadyLane
+from coordination.queue_state import ChangedLanes, QueueState
 from coordination.reasons import tally
 from coordination.scoring import RoomScoring
 from coordination.shares import Shares
@@ -120,10 +120,9 @@ class Dispatcher:
             arrived=self._scoring.arrived,
         )
 
-    async def _changed_lanes(self, limit: int, everything: bool) -> list[ReadyLane]:
+    async def _changed_lanes(self, limit: int, since: int) -> ChangedLanes:
         """Runs on the apply thread, between batches."""
-        state = self._state
-        return await asyncio.wrap_future(self._journal.query(lambda: state.changed_lanes(limit, everything=everything)))
+        return await asyncio.wrap_future(self._journal.query(lambda: self._state.changed_lanes(limit, since)))
 
     @property
     def rooms(self) -> dict[str, Room]:
@@ -264,17 +263,18 @@ class Dispatcher:
             if gone():
                 return [], []  # before anything is placed: an attempt that nobody was told of is a line in its history
             self._heard(worker)
-            notices = self.leases.take_notices(worker, self._clock.mono_ms())
+            notices = self.leases.take_notices(worker, now := self._clock.mono_ms())
             # What must be told cannot wait for work; what work there is goes along.
-            jobs = await self.matching.wait(worker, self._clock.mono_ms() if notices else until, gone)
-            notices += self.leases.take_notices(worker, self._clock.mono_ms())
+            jobs = await self.matching.wait(worker, now if notices else until, gone)
             if jobs and gone():
                 await self.release_those_held([job["id"] for job in jobs], "its worker hung up before it was told")
                 return [], notices
             for job in jobs:
                 self._complete_gang(job)
+            now = self._clock.mono_ms()
+            notices += self.leases.take_notices(worker, now)
             marked = self.matching.barred.get(worker) != mark  # it is told so with the answer
-            if jobs or notices or marked or self._clock.mono_ms() >= until or gone():
+            if jobs or notices or marked or now >= until or gone():
                 return jobs, notices
 
     def _complete_gang(self, job: dict[str, Any]) -> None:

@@ -105,11 +105,14 @@ class Fleet:
     def could(self, need: Need) -> Need | None:
         """The need as it is looked for: with the hints of its failed attempts as far as any node could satisfy them;
         None if no node could ever serve it, even without."""
-        if need not in self._could:
+        if need in self._could:
+            return self._could[need]
+        found = next((variant for variant in need.without_hints() if self._any_admits(variant)), None)
+        if not need.disk_mb:  # what a node has of disk moves all the time
             if len(self._could) >= 4 * MAX_RANKS:
                 self._could.clear()
-            self._could[need] = next((variant for variant in need.without_hints() if self._any_admits(variant)), None)
-        return self._could[need]
+            self._could[need] = found
+        return found
 
     def _any_admits(self, need: Need) -> bool:
         found = (True for node in self.nodes.values() if node.admits(need) is not None)

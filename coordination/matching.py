@@ -21,7 +21,7 @@ from coordination.leases import Held, LeaseTable
 from coordination.placement import Need, Offer, need_of
 from coordination.planner import NEVER, Assignment, Lane, Plan, Planner, Running
 from coordination.queue_reads import HeldRow
-from coordination.queue_state import Claimed, ReadyLane
+from coordination.queue_state import ChangedLanes, Claimed, ReadyLane
 
 LEAST_HEADS, MOST_HEADS = 16, 256  # of a lane, read at a time
 ENDS_SLACK_MS = 5_000  # what ending takes beyond the time limit and the grace
@@ -54,15 +54,15 @@ class Matching:
         planner: Planner,
         leases: LeaseTable,
         *,
-        lanes: Callable[[int, bool], Awaitable[list[ReadyLane]]],
+        lanes: Callable[[int, int], Awaitable[ChangedLanes]],
         propose: Callable[[c.Command], Awaitable[Any]],
         give_back: Callable[[list[str]], Awaitable[Any]],
         mono_ms: Callable[[], int],
         now_ms: Callable[[], int],
         arrived: Callable[[Need, int], None] = lambda need, nodes: None,
     ) -> None:
-        """`lanes(limit, everything)` asks the queue what is pending; `give_back` releases jobs nobody was told of;
-        `arrived` hears of every job that is placed."""
+        """`lanes(limit, since)` asks the queue what is pending; `give_back` releases jobs nobody was told of; `arrived`
+        hears of every job that is placed."""
         self.planner, self._leases = planner, leases
         self._lanes, self._propose, self._give_back = lanes, propose, give_back
         self._mono_ms, self._now_ms, self._arrived = mono_ms, now_ms, arrived
@@ -71,7 +71,7 @@ class Matching:
         self._parked: dict[str, list[Parked]] = {}
         self._stale: set[str] = set()  # workers whose node is to be set anew
         self._wanted = self._all = True  # a round; one that looks at every lane
-        self._first = True
+        self._lanes_upto = 0  # what is known of the queue; 0: nothing
         self._tasks: set[asyncio.Task[None]] = set()
         self._rounds_task: asyncio.Task[None] | None = None
         self._closed = False
@@ -190,7 +190,7 @@ class Matching:
                         if self._is_parked(entry) and not entry.future.done():
                             self._unpark(entry)
                             entry.future.set_exception(error)
-                    self._first = True  # what was read may be lost
+                    self._lanes_upto = 0  # what was read may be lost
                     return
                 self._dismiss(waiting)
         finally:
@@ -200,12 +200,12 @@ class Matching:
 
     async def _round(self) -> None:
         places = sum(room.max_jobs for worker in self._parked if (room := self.rooms.get(worker)) is not None)
-        first, self._first = self._first, False
-        changed = await self._lanes(min(max(places, LEAST_HEADS), MOST_HEADS), first)
+        told = await self._lanes(min(max(places, LEAST_HEADS), MOST_HEADS), self._lanes_upto)
         if self._closed:
             return
-        if first:  # these are all there are
-            for gone in set(self.planner.lanes) - {lane.shape for lane in changed}:
+        changed, self._lanes_upto = told.lanes, told.upto
+        if told.whole:
+            for gone in sorted(set(self.planner.lanes) - {lane.shape for lane in changed}):
                 self.planner.set_lane(Lane(number=gone, need=need_of("{}")))
         for lane in changed:
             self._set_lane(lane)

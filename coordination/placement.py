@@ -245,6 +245,8 @@ class Node:
 
     def admits(self, need: Need) -> tuple[int, ...] | None:
         """Which of its GPUs may ever serve this need (numbers), or None if the node never can, even when idle."""
+        if need.disk_mb > self.total_disk_mb:
+            return None  # not remembered: others fill and free a disk all the time
         try:
             return self._admitted[need]
         except KeyError:
@@ -256,7 +258,7 @@ class Node:
     def _admit(self, need: Need) -> tuple[int, ...] | None:
         if need.cpu_milli > self.total_cpu_milli or need.memory_mb > self.total_memory_mb:
             return None
-        if need.disk_mb > self.total_disk_mb or (need.node is not None and need.node != self.name):
+        if need.node is not None and need.node != self.name:
             return None
         labels = self.labels
         if self.name in need.avoid or any(labels.get(name) != value for name, value in need.labels):
@@ -338,25 +340,20 @@ def closest(node: Node, free: Sequence[int], wanted: int) -> tuple[int, ...]:
     """So many of the free GPUs that are near each other: joined by NVLink, else on one NUMA node; of the groups that
     are large enough the smallest, so that large groups stay whole. Jobs that cross a slow link run at its speed, which
     is why Slurm and Kubernetes' topology manager choose so too."""
-    if wanted >= len(free) or wanted <= 1:
-        return tuple(free[:wanted])
     gpus = node.gpus
+    if wanted >= len(free) or wanted <= 1 or not any(gpus[n].links or gpus[n].numa_node >= 0 for n in free):
+        return tuple(free[:wanted])
     by_uuid = {gpus[n].uuid: n for n in free}
-
-    def joined(n: int) -> frozenset[int]:
-        return frozenset([n, *(by_uuid[uuid] for uuid in gpus[n].links if uuid in by_uuid)])
-
-    groups = {joined(n) for n in free} | {
-        frozenset(m for m in free if gpus[m].numa_node == gpus[n].numa_node) for n in free if gpus[n].numa_node >= 0
-    }
-    linked = {joined(n) for n in free}
-    enough = [group for group in groups if len(group) >= wanted]
-    if enough:
-        best = min(enough, key=lambda group: (group not in linked, len(group), sorted(group)))
-        return tuple(sorted(best)[:wanted])
-    # No group is large enough: the fewest groups, the largest first.
-    order = sorted(free, key=lambda n: (-len(joined(n)), gpus[n].numa_node, n))
-    return tuple(sorted(order[:wanted]))
+    links = {n: {by_uuid[uuid] for uuid in gpus[n].links if uuid in by_uuid} - {n} for n in free}
+    # Not every machine joins all with all: who is taken first is the one that the others of its group are joined to.
+    joined = [[n, *sorted(links[n])] for n in free]
+    order = sorted(free, key=lambda n: (-len(links[n]), gpus[n].numa_node, n))  # else the largest groups come first
+    beside = [[m for m in order if gpus[m].numa_node == gpus[n].numa_node] for n in free if gpus[n].numa_node >= 0]
+    for groups in (joined, beside, [order]):
+        enough = [group for group in groups if len(group) >= wanted]
+        if enough:
+            return tuple(sorted(min(enough, key=lambda group: (len(group), group))[:wanted]))
+    raise AssertionError("the free ones are enough")
 
 
 # -- offers, as a worker counts them ---------------------------------------------------------------------------------

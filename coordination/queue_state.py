@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from typing import Any, NamedTuple, cast
 from zlib import crc32
 
@@ -38,6 +39,7 @@ MAX_HINTED_SHAPES = 1_000  # beyond so many shapes a failed job gets no hints: w
 CLOCK_STEP_MS = 60_000  # nodes whose clocks differ by 30 s are refused (DESIGN §3), so this is no disagreement
 MAX_KEYS = 500_000
 KEY_AGE_MS = 86_400_000
+REMEMBERED_LANES = 1_024  # that have nothing pending; beyond twice as many those longest unchanged are forgotten
 
 # The legal transitions and what each one means. tests/unit/coordination draw this table into docs/architecture.md.
 EDGES: dict[tuple[JobState | None, JobState], str] = {
@@ -87,6 +89,15 @@ class ReadyLane(NamedTuple):
     jobs: int
     requires: str
     heads: tuple[Head, ...]
+
+
+class ChangedLanes(NamedTuple):
+    """Lanes whose pending jobs have changed, among them those that have none any more. `whole`: these are all there
+    are. `upto` is what to ask with the next time."""
+
+    upto: int
+    whole: bool
+    lanes: list[ReadyLane]
 
 
 class _Row(NamedTuple):
@@ -161,7 +172,8 @@ class QueueState:
         self.pending_total = sum(self._ready.values())
         self.waiting_total = self._count("waiting")
         self.unfinished_total = sum(self._count(state) for state in (*NOT_STARTED, *IN_PROGRESS))
-        self._ready_changed: set[int] = set()  # shapes whose pending jobs are others than `changed_lanes` has told
+        self._changes, self._forgotten = 1, 0
+        self._changed: dict[int, int] = {}  # shape -> number of the last change of its pending jobs, in that order
         self._events: list[Event] = []
         self._clear_deltas()
         self._handlers: dict[type[Any], Callable[[int, Any], Any]] = {
@@ -349,7 +361,9 @@ class QueueState:
         if not self._ready[shape]:
             del self._ready[shape]  # what a claim looks at is the shapes that wait now, not all there ever were
         self._ready_delta[shape] += n
-        self._ready_changed.add(shape)
+        self._changes += 1
+        self._changed.pop(shape, None)
+        self._changed[shape] = self._changes
         self.pending_total += n
 
     def _take_shape(self, requires: str) -> int:
@@ -531,17 +545,26 @@ class QueueState:
 
     # -- claim, begin, finish ----------------------------------------------------------------------------------------
 
-    def changed_lanes(self, limit: int, *, everything: bool = False) -> list[ReadyLane]:
-        """The shapes whose pending jobs have changed since the last call, with the first `limit` of them; those that
-        have none any more too. `everything`: all that have some."""
-        shapes = sorted(self._ready if everything else self._ready_changed)
-        self._ready_changed.clear()
-        return [
+    def changed_lanes(self, limit: int, since: int = 0) -> ChangedLanes:
+        """The shapes whose pending jobs have changed since an earlier answer's `upto`, with the first `limit` of each;
+        all that have some, if that was too long ago. Whoever asks keeps the place: this forgets nothing that another,
+        say the leader of the term before or after, has not asked for yet."""
+        whole = not self._forgotten < since <= self._changes
+        shapes = list(self._ready) if whole else self._changed_since(since)
+        lanes = [
             ReadyLane(shape, self._ready[shape], self._requires[shape], tuple(self.heads(shape, limit)))
             if shape in self._ready
             else ReadyLane(shape, 0, "{}", ())
-            for shape in shapes
+            for shape in sorted(shapes)
         ]
+        return ChangedLanes(self._changes, whole, lanes)
+
+    def _changed_since(self, since: int) -> list[int]:
+        if len(self._changed) > len(self._ready) + 2 * REMEMBERED_LANES:
+            idle = [shape for shape in self._changed if shape not in self._ready][:-REMEMBERED_LANES]
+            for shape in idle:
+                self._forgotten = self._changed.pop(shape)
+        return list(takewhile(lambda shape: self._changed[shape] > since, reversed(self._changed)))
 
     def heads(self, shape: int, limit: int) -> Iterator[Head]:
         """The best `limit` pending jobs of a shape: priority, then first come first served."""

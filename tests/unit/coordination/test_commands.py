@@ -29,6 +29,9 @@ EVERY_COMMAND = [
     c.Clear(1, 5, True, 10),
     c.Prune(1, ("failed",), 5, -1, 10),
     c.ForgetWorkers(1, ("w",), "why"),
+    c.ClaimGang(1, 7, (c.Place("w", '["GPU-1"]'), c.Place("v", None))),
+    c.MarkNode(1, "w", True, False, 0, "why"),
+    c.MarkNode(1, "w", False, True, 5, "why"),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coordination.leases import Claimant, Held, LeaseTable, Signs
+from coordination.leases import Held, LeaseTable, Notice, Signs
 
 HOUR = 3_600_000
 LEASE = 30_000
@@ -67,15 +67,15 @@ def test_notice_is_given_once_and_repeated_as_stale_while_the_worker_lists_it() 
     leases = table(held("b"), held("a"))
     leases.drop("b", tell=True)
     leases.drop("a", tell=True)
-    assert leases.take_notices("w") == [Claimant("a", 1), Claimant("b", 1)]
-    assert leases.take_notices("w") == []
+    assert leases.take_notices("w", BEGAN) == [Notice("a", 1), Notice("b", 1)]
+    assert leases.take_notices("w", BEGAN) == []
     assert leases.renew("w", [Signs("a", 1)], BEGAN + 1) == (["a"], [])
 
 
 def test_attempt_that_ended_by_itself_makes_no_notice() -> None:
     leases = table()
     leases.drop("j")
-    assert leases.take_notices("w") == []
+    assert leases.take_notices("w", BEGAN) == []
 
 
 def test_new_attempt_takes_the_place_of_the_old_on_both_sides() -> None:

@@ -128,7 +128,7 @@ async def test_attempt_that_had_ended_is_given_up_once_and_then_forgotten(desk: 
     verdicts = [v for v in desk.desk.leases.lapsed(desk.clock.mono) if v.held is ghost]
     assert await desk.desk.expire(verdicts) == 0
     assert "b" not in desk.desk.leases.by_job
-    assert [notice.job for notice in desk.desk.leases.take_notices("w")] == ["b"]
+    assert [notice.job for notice in desk.desk.leases.take_notices("w", desk.clock.mono)] == ["b"]
 
 
 async def test_giving_up_spends_the_attempt_and_tells_its_worker(desk: Desk) -> None:
@@ -136,7 +136,7 @@ async def test_giving_up_spends_the_attempt_and_tells_its_worker(desk: Desk) -> 
     desk.clock.advance(LEASE)
     assert await desk.desk.expire(desk.desk.leases.lapsed(desk.clock.mono)) == 2
     assert desk.desk.leases.by_job == {}
-    assert sorted(notice.job for notice in desk.desk.leases.take_notices("w")) == ["a", "b"]
+    assert sorted(notice.job for notice in desk.desk.leases.take_notices("w", desk.clock.mono)) == ["a", "b"]
     assert desk.state.pending_total == 3
 
 

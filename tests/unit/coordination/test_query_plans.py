@@ -16,7 +16,14 @@ from coordination.sql import statements
 from tests.unit.coordination.drive import T0, connection, new_job
 
 # These read whole tables on purpose; none of those grows with the number of jobs.
-SMALL = {"counts": "counts", "totals": "totals", "workers": "w", "shape_counts": "c", "keys_beyond": "keys"}
+SMALL = {
+    "counts": "counts",
+    "totals": "totals",
+    "workers": "w",
+    "shape_counts": "c",
+    "keys_beyond": "keys",
+    "nodes": "nodes",
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def large() -> QueueState:
 
 
 def choose(state: QueueState) -> list[int]:
-    return [head.seq for shape, _, _ in state.ready_shapes() for head in state.heads(shape, 2)]
+    return [head.seq for lane in state.changed_lanes(2).lanes for head in lane.heads]
 
 
 def step(state: QueueState, command: c.Command) -> Any:

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from coordination import commands as c
 from coordination.errors import Refused
-from coordination.queue_state import EDGES, QueueState
+from coordination.queue_state import EDGES, QueueState, ReadyLane
 from coordination.retry import backoff_ms
 from tests.unit.coordination.drive import DAY, T0, Queue, connection, dump, new_job
 from tests.unit.coordination.model import FINISHED, UNFINISHED, QueueModel, Refusal
@@ -49,6 +49,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.model = QueueModel(backoff_ms)
         self.submitted = 0
         self.finished: dict[str, tuple[str, int]] = {}
+        self.followed: dict[int, ReadyLane] = {}
+        self.followed_to = 0
 
     def teardown(self) -> None:
         if hasattr(self, "queue"):
@@ -110,9 +112,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.queue.state.pending_total)
     @rule(worker=WORKERS, n=st.integers(1, 4), number=NUMBERS)
     def claim_the_heads(self, worker: str, n: int, number: int) -> None:
-        heads = [
-            head.seq for shape, _, _ in self.queue.state.ready_shapes() for head in self.queue.state.heads(shape, n)
-        ]
+        heads = [head.seq for lane in self.queue.state.changed_lanes(n).lanes for head in lane.heads]
         picks = [*heads[:n], number % (self.model.seq + 2)]  # and one that may be in any state or none
         answer = self.apply(c.Claim(self.queue.now, worker, tuple(c.Pick(seq, None) for seq in picks)))
         assert [(job.id, job.attempt) for job in answer] == self.model.claim(worker, picks)
@@ -276,12 +276,28 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def heads_come_in_order(self) -> None:
-        ready = {requires: (shape, n) for shape, n, requires in self.queue.state.ready_shapes()}
+        told = self.queue.state.changed_lanes(1_000)
+        assert told.whole
+        ready = {lane.requires: (lane.shape, lane.jobs) for lane in told.lanes}
         for requires in {*SHAPES, *ready, *(job.requires for job in self.model.jobs.values())}:
             expected = self.model.heads(requires)
             shape, n = ready.get(requires, (0, 0))
             assert n == len(expected)
             assert [head.seq for head in self.queue.state.heads(shape, 1_000)] == expected
+
+    @rule()
+    def a_reader_that_follows_the_changes_knows_what_there_is(self) -> None:
+        told = self.queue.state.changed_lanes(1_000, self.followed_to)
+        if told.whole:
+            self.followed.clear()
+        self.followed_to = told.upto
+        for lane in told.lanes:
+            if lane.jobs:
+                self.followed[lane.shape] = lane
+            else:
+                self.followed.pop(lane.shape, None)
+        assert sorted(self.followed.values()) == self.queue.state.changed_lanes(1_000).lanes
+        assert self.queue.state.changed_lanes(1_000, told.upto).lanes == []
 
     @invariant()
     def sums_are_recounts(self) -> None:

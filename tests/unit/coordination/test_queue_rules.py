@@ -407,7 +407,7 @@ def test_pruned_jobs_leave_nothing_behind(queue: Queue) -> None:
     for table in ("jobs", "history", "deps", "counts", "shape_counts", "shapes"):
         assert queue.rows(table) == [], table
     queue.submit(new_job("c", requires='{"gpus":7}'))
-    assert [requires for _, _, requires in queue.state.ready_shapes()] == ['{"gpus":7}']
+    assert [lane.requires for lane in queue.state.changed_lanes(1).lanes] == ['{"gpus":7}']
     assert queue.column("c", "seq") == 3, "numbers are not reused"
 
 
@@ -620,11 +620,11 @@ def test_sums_in_memory_survive_a_reopening(tmp_path: Path) -> None:
         queue.state.pending_total,
         queue.state.waiting_total,
         queue.state.unfinished_total,
-        queue.state.ready_shapes(),
+        queue.state.changed_lanes(9).lanes,
     )
     queue.state.close()
     again = QueueState(str(tmp_path / "state.db"))
-    assert (again.pending_total, again.waiting_total, again.unfinished_total, again.ready_shapes()) == was
+    assert (again.pending_total, again.waiting_total, again.unfinished_total, again.changed_lanes(9).lanes) == was
     assert was[:3] == (1, 1, 3)
     again.close()
 

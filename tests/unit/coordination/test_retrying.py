@@ -65,7 +65,7 @@ def test_hinted_job_is_pending_in_a_shape_of_its_own_and_leaves_none_behind(queu
     queue.submit(new_job("a"), new_job("b"))
     fail(queue, "a")
     assert sorted(row[1:] for row in queue.rows("shapes")) == [('{"avoid":["w1"],"cpus":1.0}', 1), ('{"cpus":1.0}', 1)]
-    assert sorted(n for _, n, _ in queue.state.ready_shapes()) == [1, 1]
+    assert sorted(lane.jobs for lane in queue.state.changed_lanes(1).lanes) == [1, 1]
     queue.claim("a")
     queue.finish("a", attempt=2)
     queue.cancel("b")

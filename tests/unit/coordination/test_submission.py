@@ -11,6 +11,8 @@ from coordination.commands import NewJob
 from coordination.errors import InvalidInput
 from coordination.job import MAX_BATCH_JOBS, MAX_JOB_BYTES
 from coordination.kinds import Kind, Kinds
+from coordination.lane import LaneKey, lane_key, shown_requires
+from coordination.placement import need_of
 from coordination.submission import Submission, new_id
 
 NOW = 1_700_000_000_000
@@ -44,7 +46,8 @@ def test_job_takes_what_it_does_not_give_from_its_kind() -> None:
     job = one(kind="learn")
     assert (job.kind, job.group, job.priority, job.max_attempts) == ("train", "default", 90, 5)
     assert (job.backoff_ms, job.timeout_ms, job.not_before_ms, job.unique_key) == (7_500, 60_000, 0, None)
-    assert json.loads(job.requires) == {"cpus": 2.0, "gpus": 1}
+    assert shown_requires(job.requires) == {"cpus": 2.0, "gpus": 1}
+    assert lane_key(job.requires) == LaneKey("default", "train", 60_000 + 99_000, True)
     carried = json.loads(job.spec)
     assert carried == {"command": ["train", "hex"], "env": {"MODE": "kind", "KEEP": "1"}, "grace_seconds": 99.0}
 
@@ -57,7 +60,9 @@ def test_what_the_job_gives_wins() -> None:
     )  # fmt: skip
     assert (job.priority, job.group, job.timeout_ms, job.max_attempts, job.backoff_ms) == (0, "team", 5_000, 1, 0)
     assert (job.unique_key, job.not_before_ms) == ("u", 1_800_000_000_500)
-    assert json.loads(job.requires) == {"cpus": 3.0, "nodes": 2}
+    assert shown_requires(job.requires) == {"cpus": 3.0}
+    assert need_of(job.requires).nodes == 2
+    assert lane_key(job.requires) == LaneKey("team", "train", 5_000 + 1_000, True)
     assert json.loads(job.spec) == {
         "command": ["train", "go"], "params": {"game": "go"}, "env": {"MODE": "job", "KEEP": "1"}, "cwd": "/data",
         "grace_seconds": 1.0, "fence": "strict", "nodes": 2,
@@ -83,7 +88,7 @@ def test_whether_a_job_makes_way_comes_from_its_kind_unless_it_says_so() -> None
 
 def test_what_a_node_must_not_have_is_part_of_the_shape() -> None:
     job = one(requires={"not_labels": {"zone": "us"}, "anti_affinity": "database"})
-    assert json.loads(job.requires) == {"not_labels": {"zone": "us"}, "anti_affinity": "database"}
+    assert shown_requires(job.requires) == {"not_labels": {"zone": "us"}, "anti_affinity": "database"}
 
 
 def test_times_are_taken_as_people_write_them() -> None:

@@ -116,6 +116,7 @@ class SlowDesk(Desk):
 
     reading: Future[Any] | None = None
     proposing: Future[Any] | None = None
+    proposed = 0
 
     def read(self, question: Any) -> Future[Any]:
         if self.reading is not None:
@@ -123,6 +124,7 @@ class SlowDesk(Desk):
         return super().read(question)
 
     def propose(self, body: bytes) -> Future[Any]:
+        self.proposed += 1
         if self.proposing is not None:
             return self.proposing
         return super().propose(body)
@@ -157,14 +159,14 @@ async def test_an_office_that_is_cut_short_leaves_the_desk_closed(slow: SlowDesk
 async def test_an_attempt_that_ends_while_the_office_is_taken_is_given_up_once(slow: SlowDesk) -> None:
     """The rows were read before the end, the end was noted before they were taken up: a ghost. It lapses like any
     other attempt; giving it up changes nothing in the queue, and it is gone."""
-    rows = slow.reader.held()
+    rows, marks = slow.reader.held(), slow.reader.nodes()
     slow.reading = Future()
     office = asyncio.create_task(slow.desk.begin_term())
     await asyncio.sleep(0)
     reading, slow.reading = slow.reading, None
     slow.apply(c.Cancel(T0, ("a",), "why"))
     await asyncio.sleep(0)
-    reading.set_result(rows)
+    reading.set_result((rows, marks))
     await office
     leases = slow.desk.leases
     if "a" in leases.by_job:
@@ -191,7 +193,8 @@ async def test_what_was_reserved_for_a_claim_of_a_closed_term_binds_nobody(slow:
     slow.proposing = Future()
     slow.proposing.set_running_or_notify_cancel()
     asking = asyncio.create_task(slow.desk.claim("w", wait_seconds=0))
-    while not slow.desk.matching.planner.spoken_for:
+    proposed = slow.proposed
+    while slow.proposed == proposed:
         await asyncio.sleep(0)
     slow.desk.end_term()
     slow.proposing.set_exception(OutcomeUnknown("deposed"))

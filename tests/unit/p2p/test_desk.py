@@ -18,7 +18,7 @@ from coordination import commands as c
 from coordination.commands import AttemptDone
 from coordination.dispatcher import Beat, Room
 from coordination.errors import OutcomeUnknown, Refused
-from coordination.leases import Claimant, Signs
+from coordination.leases import Notice, Signs
 from coordination.placement import GpuOffer, Offer
 from p2p.ids import NodeId, Term
 from p2p.leadership import Leader
@@ -87,7 +87,7 @@ async def test_what_a_worker_must_kill_reaches_it(led: Boxes, desk: DeskOfTheLea
     while not led.a.desk.matching._parked:
         await asyncio.sleep(0.001)
     await led.a.desk.cancel([job], "why", key="")
-    assert await asking == ([], [Claimant(job, 1)])
+    assert await asking == ([], [Notice(job, 1, "cancelled")])
 
 
 async def test_room_that_is_made_while_a_claim_is_parked_reaches_the_leader(led: Boxes, desk: DeskOfTheLeader) -> None:

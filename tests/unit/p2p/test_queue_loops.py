@@ -14,11 +14,14 @@ class FakeDesk:
     on_waiting: Callable[[], None]
 
     def __init__(self) -> None:
-        self.looks = 0
+        self.looks = self.ticks = 0
 
     async def wake_due(self) -> int:
         self.looks += 1
         return 3
+
+    async def tick(self) -> None:
+        self.ticks += 1
 
     async def clear_inactive_workers(self, silent_ms: int) -> int:
         return 1
@@ -43,6 +46,7 @@ async def test_it_looks_often_only_while_somebody_waits() -> None:
     desk.on_waiting()
     assert not loop._poke.is_set()  # it looks soon anyway; a thousand failures are not a thousand looks
     assert loop.interval_seconds == WAITING_SECONDS
+    assert desk.ticks == 1, "about once a second, however often it looks"
     assert loop.stats == {"jobs_woken": 6, "workers_forgotten": 1, "jobs_pruned": 2}
     desk.anything_waits = False
     await loop.run_once()
@@ -53,4 +57,4 @@ async def test_who_does_not_lead_looks_at_nothing() -> None:
     desk = FakeDesk()
     desk.leads = False
     await QueueMaintenanceLoop(desk, QueueSettings()).run_once()  # type: ignore[arg-type]
-    assert desk.looks == 0
+    assert desk.looks == desk.ticks == 0

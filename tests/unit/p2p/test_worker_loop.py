@@ -14,7 +14,7 @@ from config.settings import WorkerSettings
 from coordination.commands import AttemptDone
 from coordination.dispatcher import Beat, Room
 from coordination.errors import OutcomeUnknown, Refused
-from coordination.leases import Claimant
+from coordination.leases import Claimant, Notice
 from coordination.placement import GpuOffer, Offer
 from p2p.loops import job_loops
 from p2p.loops.job_loops import WorkerPullLoop
@@ -83,7 +83,7 @@ class FakeDesk:
     """A leader that says what it is told to say."""
 
     def __init__(self) -> None:
-        self.claims: asyncio.Queue[tuple[list[dict[str, Any]], list[Claimant]]] = asyncio.Queue()
+        self.claims: asyncio.Queue[tuple[list[dict[str, Any]], list[Notice]]] = asyncio.Queue()
         self.beats: list[tuple[list[Claimant], bool]] = []
         self.stale: list[str] = []
         self.finished: list[AttemptDone] = []
@@ -94,7 +94,7 @@ class FakeDesk:
 
     def make_room(self, room: Room) -> None: ...
 
-    async def claim(self, worker: str, *, wait_seconds: float) -> tuple[list[dict[str, Any]], list[Claimant]]:
+    async def claim(self, worker: str, *, wait_seconds: float) -> tuple[list[dict[str, Any]], list[Notice]]:
         return await self.claims.get()
 
     async def heartbeat(
@@ -240,14 +240,14 @@ async def test_a_kill_that_was_lost_with_its_connection_is_asked_for_again(worke
     worker.runner.known = [running("a")]
     worker.runner.deaf = {"stop"}
     worker.desk.stale = ["a"]
-    worker.desk.claims.put_nowait(([], [Claimant("a", 1)]))
+    worker.desk.claims.put_nowait(([], [Notice("a", 1)]))
     await worker.until(lambda: worker.runner.stopped == [("a", 1)])
 
 
 async def test_a_kill_is_asked_for_once_over_one_connection(worker: Worker) -> None:
     await worker.holds("a")
     for _ in range(3):
-        worker.desk.claims.put_nowait(([], [Claimant("a", 1)]))
+        worker.desk.claims.put_nowait(([], [Notice("a", 1)]))
     await worker.until(lambda: worker.desk.claims.empty())
     await worker.holds("b")
     assert worker.runner.stopped == [("a", 1)]
