@@ -39,6 +39,7 @@ class NewJob(NamedTuple):
     depends_on: tuple[str, ...]
     spec: bytes
     no_retry: str = ""  # exit codes that fail it at once, see `job.exit_codes`
+    array: str = ""  # the indexes of an array, whose members are made of the rest, see `arrays.parse`
 
 
 class Pick(NamedTuple):

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coordination import commands as c
+from coordination.arrays import parse
 from coordination.clock import Clock
 from coordination.commands import Command
 from coordination.errors import OutcomeUnknown, Refused
@@ -205,8 +206,9 @@ class Dispatcher:
                 if n % VALIDATE_SLICE == 0:
                     await asyncio.sleep(0)
         jobs = submission.finish()
-        if self._state.unfinished_total + len(jobs) > self._max_unfinished:
-            raise Refused(429, f"the queue holds {self._state.unfinished_total} unfinished jobs; try again later")
+        held = self._state.unfinished_total + self._state.array_backlog
+        if held + sum(parse(job.array).size if job.array else 1 for job in jobs) > self._max_unfinished:
+            raise Refused(429, f"the queue holds {held} unfinished jobs; try again later")
         if not jobs:
             return {"ids": [], "created": []}
         return await self.propose(c.Submit(self._clock.now_ms(), jobs, key, digest))
@@ -391,6 +393,8 @@ class Dispatcher:
 
     async def cancel(self, ids: list[str], reason: str, *, key: str) -> list[str]:
         cancelled: list[str] = await self.propose(c.Cancel(self._clock.now_ms(), tuple(ids), reason, key))
+        if self._state.arrays_want:
+            await self.wake_due()  # an array's members go in slices; its maintenance would come to them a little later
         return cancelled
 
     async def retry(self, job_id: str, *, key: str) -> None:
@@ -446,12 +450,19 @@ class Dispatcher:
         return n
 
     @property
+    def array_backlog(self) -> int:
+        """Members of arrays that are still to be made, by this node's copy."""
+        return self._state.array_backlog
+
+    @property
     def anything_waits(self) -> bool:
         """Whether `wake_due` may find something, now or later."""
-        return self.leads and self._state.waiting_total > 0
+        return self.leads and (self._state.waiting_total > 0 or self._state.arrays_want)
 
     async def wake_due(self, limit: int = 1_000) -> int:
-        """waiting -> pending for what is due."""
+        """waiting -> pending for what is due; members of arrays, where entries have left some to be made."""
+        while self._state.arrays_want:
+            await self.propose(c.Wake(self._clock.now_ms(), limit))
         if not self._state.waiting_total:
             return 0
         due = await self.ask(lambda reader: reader.next_due_ms())
@@ -548,7 +559,7 @@ def _grace_ms(job: Mapping[str, Any]) -> int:
 
 _TOLD = (
     "token", "kind", "command", "params", "env", "cwd", "requires", "gpus", "timeout_seconds", "grace_seconds", "fence",
-    "checkpoint",
+    "checkpoint", "array",
 )  # fmt: skip
 
 
@@ -570,6 +581,7 @@ def _for_worker(job: Claimed) -> dict[str, Any]:
         "grace_seconds": carried.get("grace_seconds", 30.0),
         "fence": carried.get("fence", "attempt"),
         "checkpoint": json.loads(job.checkpoint) if job.checkpoint is not None else None,
+        "array": carried.get("array"),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError
 
+from coordination.arrays import PLACEHOLDER
 from coordination.errors import InvalidInput
 from coordination.job import Argument, Closed, ExitCodes, JobSpec, Number, Requires, Scalar, ShortWord, Whole
 from coordination.validation import first_problem
@@ -124,6 +125,7 @@ class Kinds:
 
         In a kind's template every placeholder must be filled and every param must be used or have a default; in a
         job's own command only the params it gives are replaced, so that braces in JSON arguments stay as they are.
+        ``{array_index}`` of an array is filled when its members are made.
         """
         kind = self.by_name[name]
         if spec.command is not None:
@@ -139,6 +141,8 @@ class Kinds:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(sorted(known)) or 'none'}"
                 raise InvalidInput(f"params.{key}", f"kind {name!r} has no such param{hint}")
         values = {**kind.params, **spec.params}
+        if spec.array is not None:
+            values["array_index"] = PLACEHOLDER  # it stays one until a member is made
         for key in sorted(placeholders):
             if key not in values:
                 raise InvalidInput(f"params.{key}", f"kind {name!r} needs it")

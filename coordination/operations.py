@@ -127,6 +127,7 @@ class Operations:
             "pending": by_state["pending"],
             "in_progress": by_state["claimed"] + by_state["running"],
             "waiting": by_state["waiting"],
+            "array_members_to_come": desk.array_backlog,
             "completed_hour": hour["completed"],
             "failed_hour": hour["failed"],
             "active_workers": len(active),
@@ -190,17 +191,30 @@ class Operations:
         """The whole record, with history and, while pending, `why_pending`. Raises Refused (404)."""
         record = await self._desk.ask(lambda reader: reader.job(id))
         if record is None:
-            raise Refused(404, f"there is no job {id[:80]!r}", field="id")
+            return await self._array(id)
         return self._annotate(record)
 
-    async def jobs(self, *, filters: dict[str, str], limit: int, before: int | None) -> dict[str, Any]:
+    async def _array(self, id: str) -> dict[str, Any]:
+        """The summary of an array, or what there is to say of a member that is not made yet."""
+        record = await self._desk.ask(lambda reader: reader.array(id) or reader.member_to_come(id))
+        if record is None:
+            raise Refused(404, f"there is no job {id[:80]!r}", field="id")
+        if "env" in record:
+            record["env"] = _without_secrets(record["env"])
+        return record
+
+    async def jobs(
+        self, *, filters: dict[str, str], limit: int, before: int | None, array: str | None = None
+    ) -> dict[str, Any]:
         """A page: ``{"jobs", "cursor"}``; a cursor of null ends the list."""
-        found, cursor = await self._desk.ask(lambda reader: reader.jobs(filters=filters, limit=limit, before=before))
+        found, cursor = await self._desk.ask(
+            lambda reader: reader.jobs(filters=filters, limit=limit, before=before, array=array)
+        )
         return {"jobs": [self._annotate(record) for record in found], "cursor": str(cursor) if cursor else None}
 
     def _annotate(self, record: dict[str, Any]) -> dict[str, Any]:
         """Adds what only the leader's memory knows: why it waits, its progress, its last sign of life."""
-        record["env"] = {name: "***" if _SECRET.search(name) else value for name, value in record["env"].items()}
+        record["env"] = _without_secrets(record["env"])
         state = record["state"]
         if state == "pending":
             record["why_pending"] = self._desk.why_pending({**record["requires"], **record["placement_hints"]})
@@ -217,13 +231,15 @@ class Operations:
     async def submit(
         self, body: Any, *, key: str | None = None, digest: str = "", batch: bool = False
     ) -> dict[str, Any]:
-        """One job's ``{"id", "created"}``, or a batch's ``{"ids", "created": [bool]}``."""
+        """One job's ``{"id", "created"}``, or a batch's ``{"ids", "created": [bool]}``; with arrays among them also how
+        many members each has: ``"count"``, or ``"counts"`` with null for what is none."""
         key = key or secrets.token_hex(12)
         bodies: AsyncIterable[Any] | Iterable[Any] = body if batch else [body]
         answer = cast(dict[str, Any], await self._desk.submit(bodies, batch=batch, key=key, digest=digest))
         if batch:
             return answer
-        return {"id": answer["ids"][0], "created": answer["created"][0]}
+        told = {"id": answer["ids"][0], "created": answer["created"][0]}
+        return {**told, "count": answer["counts"][0]} if "counts" in answer else told
 
     async def cancel(self, id: str, reason: Any = "operator", *, key: str = "") -> dict[str, Any]:
         await self._desk.cancel([id], check_text("reason", reason), key=key)
@@ -306,6 +322,10 @@ class Operations:
     async def clear_alert(self, name: Any) -> dict[str, Any]:
         name = check_text("name", name, most=100)
         return {"alert": name, "cleared": self._alerts.clear_alert(name, self._desk.now_ms())}
+
+
+def _without_secrets(env: dict[str, str]) -> dict[str, str]:
+    return {name: "***" if _SECRET.search(name) else value for name, value in env.items()}
 
 
 def _nest(totals: dict[tuple[str, str], int]) -> dict[str, dict[str, int]]:

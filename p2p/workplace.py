@@ -104,6 +104,7 @@ class Workplace:
         """What the runner is to start; it makes the attempt's folder."""
         told = job.description
         gpus = told.get("gpus", ())
+        array = told.get("array") or {}
         return StartSpec(
             job=job.id,
             attempt=job.attempt,
@@ -118,6 +119,7 @@ class Workplace:
                 "P2P_NODE_ID": self.node,
                 "P2P_JOB_DIR": str(job.folder),
                 "P2P_URL": self.url,
+                **{f"P2P_ARRAY_{name.upper()}": str(value) for name, value in array.items()},  # ID, INDEX, SIZE
             },
             directory=str(job.folder),
             cwd=told.get("cwd"),

@@ -14,7 +14,20 @@ T0 = 1_700_000_000_000
 MINUTE = 60_000
 DAY = 86_400_000
 
-TABLES = ("meta", "shapes", "jobs", "history", "deps", "keys", "counts", "shape_counts", "minutes", "totals", "workers")
+TABLES = (
+    "meta",
+    "shapes",
+    "jobs",
+    "history",
+    "deps",
+    "keys",
+    "counts",
+    "shape_counts",
+    "minutes",
+    "totals",
+    "workers",
+    "arrays",
+)
 
 
 def new_job(id: str, **changes: Any) -> c.NewJob:
