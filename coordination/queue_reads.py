@@ -147,6 +147,9 @@ class QueueReader:
             "state": "cancelled" if over else "waiting",
             "array": {"id": id, "index": int(index), "size": array["count"]},
             "reason": array["reason"] if over else "its array makes it when its turn comes",
+            "attempt": 0,
+            "worker": None,
+            "finished_at": array["finished_at"] if over else None,
         }
 
     def jobs(
