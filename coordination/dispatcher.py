@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 PROPOSE_SECONDS = 10.0
 CLEAR_SLICE = 2_000
+RETRY_SLICE = 500
 VALIDATE_SLICE = 100  # jobs validated between two turns of the event loop
 MAX_WORKERS = 10_000
 ARRIVAL_SHARE = 1 / 6  # of a lease: how long a claimed job may be on its way before a worker without it has lost it
@@ -399,6 +400,26 @@ class Dispatcher:
 
     async def retry(self, job_id: str, *, key: str) -> None:
         await self.propose(c.Retry(self._clock.now_ms(), job_id, key))
+
+    async def retry_failed(
+        self, *, kind: str | None, group: str | None, array: str | None, max_age_ms: int, limit: int
+    ) -> int:
+        """Retries failed jobs by the thousand, the newest first: those that failed before now and within `max_age_ms`.
+        Answers how many; what cannot be retried (a broken dependency, a unique key that is held) is passed over."""
+        now = self._clock.now_ms()
+        since, total = max(now - max_age_ms, 0), 0
+        until: tuple[int, int] | None = (now, 1 << 62)
+        while until is not None and total < limit:
+            here = until
+
+            def read(reader: QueueReader, here: tuple[int, int] = here) -> Any:
+                return reader.failed(kind=kind, group=group, array=array, since_ms=since, until=here, limit=RETRY_SLICE)
+
+            ids, until = await self.ask(read)
+            if ids:
+                command = c.RetryMany(self._clock.now_ms(), tuple(ids[: limit - total]))
+                total += len(await self.propose(command))
+        return total
 
     async def clear(self, *, include_running: bool) -> int:
         """Cancels what has not started (and, if asked, what has); jobs submitted meanwhile are spared."""

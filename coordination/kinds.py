@@ -16,8 +16,10 @@ import yaml
 from pydantic import Field, ValidationError
 
 from coordination.arrays import PLACEHOLDER
+from coordination.commands import MAX_SCHEDULES
 from coordination.errors import InvalidInput
 from coordination.job import Argument, Closed, ExitCodes, JobSpec, Number, Requires, Scalar, ShortWord, Whole
+from coordination.schedules import Schedule
 from coordination.validation import first_problem
 
 MAX_TIMEOUT_SECONDS = 3650 * 86_400  # ten years: long enough for "never", and milliseconds of it fit a database
@@ -62,13 +64,20 @@ class Catalogue(Closed):
     """``config/jobs.yaml`` as a whole."""
 
     kinds: dict[ShortWord, Kind]
+    schedules: dict[ShortWord, Schedule] = Field(default_factory=dict, max_length=MAX_SCHEDULES)
 
 
 class Kinds:
     """Looks kinds up by name or alias and fills their templates."""
 
-    def __init__(self, kinds: Mapping[str, Kind], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind],
+        environment: Mapping[str, str] | None = None,
+        schedules: Mapping[str, Schedule] | None = None,
+    ) -> None:
         self.by_name = dict(kinds)
+        self.schedules = dict(schedules or {})
         self.by_name.setdefault("command", Kind(description="any command line"))
         self._environment = os.environ if environment is None else environment
         self._names = {name: name for name in self.by_name}
@@ -91,7 +100,8 @@ class Kinds:
         except yaml.YAMLError as error:
             raise InvalidInput(str(path), f"is not YAML: {error}") from None
         try:
-            return cls(Catalogue.model_validate(body).kinds, environment)
+            catalogue = Catalogue.model_validate(body)
+            return cls(catalogue.kinds, environment, catalogue.schedules)
         except ValidationError as error:
             field, detail = first_problem(error, Catalogue)
             raise InvalidInput(f"{path}: {field}", detail) from None

@@ -18,9 +18,10 @@ from coordination.daemon_types import DaemonState, DaemonType
 from coordination.dispatcher import Dispatcher
 from coordination.errors import InvalidInput, Refused
 from coordination.health import QueueFigures, judge
-from coordination.job import JobState
+from coordination.job import WORD, JobState
 from coordination.leases import Verdict
 from coordination.queue_reads import MAX_PAGE, QueueReader
+from coordination.scheduler import Scheduler
 from coordination.unified_queue_populator import Populator
 
 DEFAULT_STUCK_SECONDS = 3600.0
@@ -74,10 +75,12 @@ class Operations:
         alerts: AlertBook,
         limits: HealthSettings,
         node_status: Callable[[], Awaitable[dict[str, Any]]],
+        scheduler: Scheduler,
     ) -> None:
         self._desk, self._populator, self._supervisor, self._alerts = dispatcher, populator, supervisor, alerts
         self._limits = limits
         self._node_status = node_status
+        self._scheduler = scheduler
         self._depth = Depth()
 
     # -- what the queue looks like --------------------------------------------------------------------------------
@@ -252,6 +255,43 @@ class Operations:
     async def retry(self, id: str, *, key: str = "") -> dict[str, Any]:
         await self._desk.retry(id, key=key)
         return await self.job(id)
+
+    async def retry_failed(
+        self,
+        kind: Any = None,
+        group: Any = None,
+        array: Any = None,
+        max_age_hours: Any = 24 * 365,
+        limit: Any = 1_000_000,
+    ) -> dict[str, Any]:
+        """``{"retried": n}``: the dead letters of this kind, group or array, newest first, have all their attempts
+        again."""
+        hours = check_number("max_age_hours", max_age_hours, most=1e6)
+        retried = await self._desk.retry_failed(
+            kind=self._desk.kinds.canonical(check_text("kind", kind)) if kind is not None else None,
+            group=check_text("group", group) if group is not None else None,
+            array=check_text("array", array) if array is not None else None,
+            max_age_ms=int(hours * 3_600_000),
+            limit=int(check_number("limit", limit, least=1, most=1e6)),
+        )
+        return {"retried": retried}
+
+    async def schedules(self) -> dict[str, Any]:
+        """``{"schedules": […]}`` by name, each with its next and its last run."""
+        return {"schedules": await self._scheduler.rows()}
+
+    async def schedule(self, name: str) -> dict[str, Any]:
+        return await self._scheduler.row(name)
+
+    async def put_schedule(self, name: Any, **body: Any) -> dict[str, Any]:
+        """Adds a schedule or replaces the one of this name; answers it."""
+        if not isinstance(name, str) or len(name) > 64 or not re.fullmatch(WORD, name):
+            raise InvalidInput("name", "must be a word of at most 64 letters, digits and . _ : / -")
+        return await self._scheduler.put(name, body)
+
+    async def drop_schedule(self, name: str) -> dict[str, Any]:
+        await self._scheduler.drop(name)
+        return {"dropped": name}
 
     async def clear(self, include_running: Any = False) -> dict[str, Any]:
         return {"cleared": await self._desk.clear(include_running=check_flag("include_running", include_running))}

@@ -23,6 +23,20 @@ FROM jobs WHERE seq = ?
 SELECT id FROM jobs WHERE unique_key = ?1 AND state IN ('waiting', 'pending', 'claimed', 'running') UNION ALL
 SELECT id FROM arrays WHERE unique_key = ?1 AND finished_ms IS NULL
 
+-- name: put_schedule | a schedule, new or in place of the one of its name
+INSERT INTO schedules (name, body, origin, due_ms, changed_ms) VALUES (?1, ?2, ?3, ?4, ?5)
+ON CONFLICT DO UPDATE SET body = ?2, origin = ?3, due_ms = ?4, changed_ms = ?5, note = ''
+
+-- name: ran_schedule | a due time is dealt with
+UPDATE schedules SET due_ms = ?, runs = runs + ?, skipped = skipped + ?, last_due_ms = ?,
+                     last_job = coalesce(?, last_job), note = ? WHERE name = ?
+
+-- name: due_schedules | what is to be run now
+SELECT name, due_ms, body FROM schedules INDEXED BY schedules_due WHERE due_ms > 0 AND due_ms <= ? ORDER BY due_ms, name
+
+-- name: schedules | all of them
+SELECT name, body, origin, due_ms, changed_ms, runs, skipped, last_due_ms, last_job, note FROM schedules ORDER BY name
+
 -- name: insert_array | a new array
 INSERT INTO arrays (seq, id, size, indexes, kind, grp, unique_key, created_ms, template)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
@@ -143,6 +157,11 @@ FROM arrays WHERE id = ?
 -- name: recent_failures | newest first
 SELECT id, kind, worker, attempt, error, exit_code, finished_ms FROM jobs INDEXED BY jobs_done
 WHERE state = 'failed' AND state IN ('completed', 'failed', 'cancelled') ORDER BY finished_ms DESC, seq DESC LIMIT ?
+
+-- name: failed_before | a slice of the failed jobs, newest first
+SELECT id, kind, grp, finished_ms, seq FROM jobs INDEXED BY jobs_done
+WHERE state = 'failed' AND state IN ('completed', 'failed', 'cancelled') AND finished_ms <= ?
+  AND (finished_ms, seq) < (?, ?) AND finished_ms >= ? ORDER BY finished_ms DESC, seq DESC LIMIT ?
 
 -- name: last_done | when a job last ended so
 SELECT max(finished_ms) FROM jobs INDEXED BY jobs_done

@@ -187,6 +187,51 @@ class QueueReader:
                         return found, last
         return found, last if seen == SCAN_LIMIT else None
 
+    def schedules(self) -> list[dict[str, Any]]:
+        """Every schedule by name; times are unix seconds."""
+        found = []
+        for name, body, origin, due, changed, runs, skipped, last_due, last_job, note in self._all("schedules"):
+            found.append(
+                {
+                    "name": name,
+                    "origin": origin,
+                    "schedule": json.loads(body),
+                    "next_due_at": _seconds(due) if due else None,
+                    "changed_at": _seconds(changed),
+                    "runs": runs,
+                    "skipped": skipped,
+                    "last_due_at": _seconds(last_due),
+                    "last_job": last_job,
+                    "note": note or None,
+                }
+            )
+        return found
+
+    def due_schedules(self, now_ms: int) -> list[tuple[str, int, str]]:
+        """(name, due time, body) of what is due."""
+        return cast(list[tuple[str, int, str]], self._all("due_schedules", (now_ms,)))
+
+    def failed(
+        self,
+        *,
+        kind: str | None,
+        group: str | None,
+        array: str | None,
+        since_ms: int,
+        until: tuple[int, int],
+        limit: int,
+    ) -> tuple[list[str], tuple[int, int] | None]:
+        """Ids of failed jobs, the newest first, and where the next slice goes on (None at the end). `until` is the
+        (time of the end, number) that this slice comes before. A slice looks at `limit` rows, fitting or not."""
+        first, last_of = self._members(array) if array is not None else (0, 1 << 62)
+        rows = self._all("failed_before", (until[0], until[0], until[1], since_ms, limit))
+        ids = [
+            job_id
+            for job_id, job_kind, grp, _, seq in rows
+            if kind in (None, job_kind) and group in (None, grp) and first < seq < last_of
+        ]
+        return ids, (rows[-1][3], rows[-1][4]) if len(rows) == limit else None
+
     def _members(self, array: str) -> tuple[int, int]:
         """Between which numbers the members of an array lie; of one that is not known, none do."""
         row = self._one("array_record", (array,))

@@ -183,6 +183,10 @@ class QueueState:
             c.Clear: self._on_clear,
             c.Prune: self._on_prune,
             c.ForgetWorkers: self._on_forget_workers,
+            c.RetryMany: self._on_retry_many,
+            c.PutSchedule: self._on_put_schedule,
+            c.DropSchedule: self._on_drop_schedule,
+            c.RunSchedule: self._on_run_schedule,
         }
 
     def _migrate(self) -> None:
@@ -1039,6 +1043,74 @@ class QueueState:
         self._remember(command.key, digest, [row.id])
         return [row.id]
 
+    def _on_retry_many(self, index: int, command: c.RetryMany) -> list[str]:
+        """Those that were retried; what one order would refuse (a broken dependency, a key that is held) stays."""
+        retried = []
+        for id in command.ids:
+            row = self._row(id)
+            if row is not None and row.state == S.FAILED:
+                answer = self._on_retry(index, c.Retry(command.at_ms, id))
+                if not isinstance(answer, Refused):
+                    retried.append(id)
+        return retried
+
+    # -- schedules ---------------------------------------------------------------------------------------------------
+
+    def _on_put_schedule(self, index: int, command: c.PutSchedule) -> Any:
+        there = self._run("SELECT body, origin, due_ms FROM schedules WHERE name = ?", (command.name,)).fetchone()
+        due_ms = command.due_ms
+        if there is not None:
+            body, origin, due = cast(Any, there)
+            if origin == "file" and command.origin != "file":
+                return Refused(409, f"schedule {command.name} is one of jobs.yaml; change it there", field="name")
+            if due and due_ms and _times(body) == _times(command.body):
+                due_ms = due
+        elif _single(self._run("SELECT count(*) FROM schedules")) >= c.MAX_SCHEDULES:
+            return Refused(409, f"there are {c.MAX_SCHEDULES} schedules already; drop one first", field="name")
+        self._run(self._q["put_schedule"], (command.name, command.body, command.origin, due_ms, self.now_ms))
+        return None
+
+    def _on_drop_schedule(self, index: int, command: c.DropSchedule) -> Any:
+        there = self._run("SELECT origin FROM schedules WHERE name = ?", (command.name,)).fetchone()
+        if there is None:
+            return Refused(404, f"there is no schedule {command.name!r}", field="name")
+        if there[0] == "file" and command.origin != "file":
+            return Refused(409, f"schedule {command.name} is one of jobs.yaml; take it out there", field="name")
+        self._run("DELETE FROM schedules WHERE name = ?", (command.name,))
+        return None
+
+    def _on_run_schedule(self, index: int, command: c.RunSchedule) -> int:
+        there = self._run("SELECT due_ms FROM schedules WHERE name = ?", (command.name,)).fetchone()
+        if there is None or there[0] != command.due_ms:
+            return 0  # dropped, changed, or run by the leader before
+        made: list[str] = []
+        note = command.note
+        for job in command.jobs:
+            taken = None
+            if job.unique_key is not None:
+                taken = self._run(self._q["unfinished_by_key"], (job.unique_key,)).fetchone()
+            if taken is not None:
+                note = f"{taken[0]} is unfinished, and runs may not overlap"
+            elif job.array:
+                self._insert_array(job)
+                made.append(job.id)
+            else:
+                self._insert(job)
+                made.append(job.id)
+        self._run(
+            self._q["ran_schedule"],
+            (
+                command.next_ms,
+                len(made),
+                0 if made else 1,
+                command.due_ms,
+                made[-1] if made else None,
+                note,
+                command.name,
+            ),
+        )
+        return len(made)
+
     def _on_wake(self, index: int, command: c.Wake) -> int:
         due = [cast(int, s) for (s,) in self._run(self._q["due_jobs"], (self.now_ms, command.limit)).fetchall()]
         for seq in due:
@@ -1140,6 +1212,12 @@ def _single(cursor: apsw.Cursor) -> Any:
 def _canonical(requires: dict[str, Any]) -> str:
     """The identity of a shape, as `Requires.shape` writes it."""
     return json.dumps(requires, sort_keys=True, separators=(",", ":"))
+
+
+def _times(body: str) -> tuple[Any, Any]:
+    """What decides when a schedule is due."""
+    schedule = json.loads(body)
+    return schedule["cron"], schedule.get("timezone")
 
 
 def _renamed(job: c.NewJob, instead: dict[str, str]) -> c.NewJob:

@@ -79,6 +79,21 @@ CREATE INDEX arrays_unfinished ON arrays (seq) WHERE finished_ms IS NULL;
 CREATE INDEX arrays_empty ON arrays (finished_ms, seq) WHERE finished_ms IS NOT NULL AND made = pruned;
 CREATE INDEX arrays_unique ON arrays (unique_key) WHERE unique_key IS NOT NULL AND finished_ms IS NULL;
 
+-- Recurring jobs (coordination/schedules). `due_ms` is the next time, 0 = never.
+CREATE TABLE schedules (
+    name        TEXT PRIMARY KEY,
+    body        TEXT NOT NULL,                 -- JSON, as its author wrote it
+    origin      TEXT NOT NULL,                 -- 'file' (jobs.yaml) or 'api'
+    due_ms      INTEGER NOT NULL,
+    changed_ms  INTEGER NOT NULL,
+    runs        INTEGER NOT NULL DEFAULT 0,    -- jobs it has made
+    skipped     INTEGER NOT NULL DEFAULT 0,    -- due times that made none
+    last_due_ms INTEGER,
+    last_job    TEXT,
+    note        TEXT NOT NULL DEFAULT ''       -- why its newest due time made no job
+) WITHOUT ROWID;
+CREATE INDEX schedules_due ON schedules (due_ms, name) WHERE due_ms > 0;
+
 CREATE TABLE history (
     seq INTEGER NOT NULL, n INTEGER NOT NULL, at_ms INTEGER NOT NULL, state TEXT NOT NULL,
     attempt INTEGER NOT NULL, worker TEXT, reason TEXT,

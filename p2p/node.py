@@ -43,6 +43,7 @@ from coordination.kinds import Kinds
 from coordination.operations import Operations
 from coordination.queue_reads import QueueReader
 from coordination.queue_state import QueueState
+from coordination.scheduler import Scheduler
 from coordination.unified_queue_populator import Populator
 from p2p.api import app as api
 from p2p.api.context import Context
@@ -57,7 +58,7 @@ from p2p.loops.base import Loop
 from p2p.loops.desk import DeskOfTheLeader
 from p2p.loops.health_loops import HealthMonitorLoop
 from p2p.loops.job_loops import JobReaperConfig, JobReaperLoop, WorkerPullLoop
-from p2p.loops.queue_loops import QueueMaintenanceLoop, QueuePopulatorLoop
+from p2p.loops.queue_loops import QueueMaintenanceLoop, QueuePopulatorLoop, SchedulerLoop
 from p2p.membership.member import Member, State
 from p2p.metrics import exposition
 from p2p.peers import PeerRefused, Peers, PeerUnreachable
@@ -453,8 +454,11 @@ class Node:
         settings = self.settings
         alerts = self._alerts
         populator = Populator(self.desk, enabled=settings.populator.enabled, totals=settings.populator.totals)
+        scheduler = Scheduler(self.desk)
         self.supervisor = Supervisor(self.clock, self.bus)
-        self.operations = Operations(self.desk, populator, self.supervisor, alerts, settings.health, self.status)
+        self.operations = Operations(
+            self.desk, populator, self.supervisor, alerts, settings.health, self.status, scheduler
+        )
         reaper = JobReaperConfig(**settings.reaper.model_dump())
         health = HealthMonitorLoop(
             self.operations,
@@ -469,6 +473,7 @@ class Node:
         self._add(DaemonType.QUEUE_POPULATOR, QueuePopulatorLoop(populator, settings.populator.interval_seconds))
         self._add(DaemonType.JOB_REAPER, JobReaperLoop(self.desk, reaper))
         self._add(DaemonType.QUEUE_MAINTENANCE, QueueMaintenanceLoop(self.desk, settings.queue))
+        self._add(DaemonType.SCHEDULER, SchedulerLoop(scheduler, self.desk.kinds.schedules))
         self._add(DaemonType.HEALTH_MONITOR, health)
 
     def _add(self, type: DaemonType, loop: Loop) -> None:

@@ -27,6 +27,7 @@ TABLES = (
     "totals",
     "workers",
     "arrays",
+    "schedules",
 )
 
 

@@ -29,6 +29,11 @@ EVERY_COMMAND = [
     c.Clear(1, 5, True, 10),
     c.Prune(1, ("failed",), 5, -1, 10),
     c.ForgetWorkers(1, ("w",), "why"),
+    c.RetryMany(1, ("a", "b")),
+    c.PutSchedule(1, "s", "{}", "api", 5),
+    c.DropSchedule(1, "s", "file"),
+    c.RunSchedule(1, "s", 5, 9, (new_job("a", array="1-3%2", no_retry="2"),), ""),
+    c.RunSchedule(1, "s", 5, 9, (), "missed"),
 ]
 
 

@@ -16,7 +16,14 @@ from coordination.sql import statements
 from tests.unit.coordination.drive import T0, connection, new_job
 
 # These read whole tables on purpose; none of those grows with the number of jobs.
-SMALL = {"counts": "counts", "totals": "totals", "workers": "w", "shape_counts": "c", "keys_beyond": "keys"}
+SMALL = {
+    "counts": "counts",
+    "totals": "totals",
+    "workers": "w",
+    "shape_counts": "c",
+    "keys_beyond": "keys",
+    "schedules": "schedules",
+}
 
 
 @pytest.fixture(scope="module")

@@ -226,6 +226,18 @@ class QueueMachine(RuleBasedStateMachine):
         id = self.some(number, "failed", "cancelled")
         assert self.apply(c.Retry(self.queue.now, id, key)) == self.resulting(self.model.retry(id, key))
 
+    @precondition(lambda self: self.model.in_state("failed"))
+    @rule(numbers=st.lists(NUMBERS, min_size=1, max_size=3))
+    def retry_many(self, numbers: list[int]) -> None:
+        ids = tuple(self.some(number, "failed") for number in numbers)
+        failed = {job.id for job in self.model.in_state("failed")}
+        retried = self.apply(c.RetryMany(self.queue.now, ids))
+        expected = []
+        for id in ids:
+            if id in failed and id not in expected and not isinstance(self.model.retry(id, ""), Refusal):
+                expected.append(id)
+        assert retried == expected
+
     @precondition(lambda self: self.model.in_state("waiting"))
     @rule(limit=LIMITS)
     def wake(self, limit: int) -> None:
