@@ -116,11 +116,14 @@ class Kinds:
         return found
 
     def timeout_seconds(self, name: str) -> float | None:
-        """The kind's default timeout; ``RINGRIFT_<KIND>_TIMEOUT`` (seconds) overrides it."""
-        variable = f"RINGRIFT_{re.sub(r'[^A-Za-z0-9]', '_', name).upper()}_TIMEOUT"
-        text = self._environment.get(variable)
-        if text is None:
+        """The kind's default timeout; ``RINGRIFT_<KIND>_TIMEOUT`` (seconds) overrides it, under the kind's own name or
+        one of its aliases, in that order."""
+        names = (name, *self.by_name[name].aliases)
+        variables = [f"RINGRIFT_{re.sub(r'[^A-Za-z0-9]', '_', each).upper()}_TIMEOUT" for each in names]
+        variable = next((each for each in variables if each in self._environment), None)
+        if variable is None:
             return self.by_name[name].timeout_seconds
+        text = self._environment[variable]
         try:
             seconds = float(text)
         except ValueError:

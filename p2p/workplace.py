@@ -48,6 +48,7 @@ class LocalJob:
     told_start: bool = False
     ended: bool = False
     progress_mtime_ms: int = 0
+    progress_bad_mtime_ms: int = 0  # of one that could not be read
 
     @property
     def key(self) -> Key:
