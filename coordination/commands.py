@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 COMMANDS_VERSION = 1
+MAX_SCHEDULES = 1_000
 UNSPENT = frozenset(
     {"preempted", "drained"}
 )  # ends that were asked of a job for the sake of others: no attempt is spent
@@ -39,6 +40,7 @@ class NewJob(NamedTuple):
     depends_on: tuple[str, ...]
     spec: bytes
     no_retry: str = ""  # exit codes that fail it at once, see `job.exit_codes`
+    array: str = ""  # the indexes of an array, whose members are made of the rest, see `arrays.parse`
 
 
 class Pick(NamedTuple):
@@ -220,41 +222,54 @@ class MarkNode:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RetryMany:
+    """Those of these jobs that have failed start over with all their attempts; the others are passed over."""
+
+    at_ms: int
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PutSchedule:
+    """A recurring job, new or in place of the one of its name. Where only the job differs, its next due time stays."""
+
+    at_ms: int
+    name: str
+    body: str  # JSON, see `schedules.Schedule`
+    origin: str  # "file" or "api"
+    due_ms: int  # its first due time, 0 = never
+
+
+@dataclass(frozen=True, slots=True)
+class DropSchedule:
+    at_ms: int
+    name: str
+    origin: str  # of whoever drops it: what is in jobs.yaml goes when it is taken out there
+
+
+@dataclass(frozen=True, slots=True)
+class RunSchedule:
+    """What a schedule is due for at `due_ms`, and when it is due next. Any other due time than its newest is stale, so
+    each makes its job once, whoever leads. No job: this due time is passed over, and `note` says why."""
+
+    at_ms: int
+    name: str
+    due_ms: int
+    next_ms: int
+    jobs: tuple[NewJob, ...]
+    note: str
+
+
+_COMMANDS = (
+    Submit, Claim, Begin, Finish, Expire, Release, Cancel, Retry, Wake, Clear, Prune, ForgetWorkers,
+    ClaimGang, MarkNode, RetryMany, PutSchedule, DropSchedule, RunSchedule,
+)  # fmt: skip
 Command = (
-    Submit
-    | Claim
-    | Begin
-    | Finish
-    | Expire
-    | Release
-    | Cancel
-    | Retry
-    | Wake
-    | Clear
-    | Prune
-    | ForgetWorkers
-    | ClaimGang
-    | MarkNode
-)
-_TYPES: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        Submit,
-        Claim,
-        Begin,
-        Finish,
-        Expire,
-        Release,
-        Cancel,
-        Retry,
-        Wake,
-        Clear,
-        Prune,
-        ForgetWorkers,
-        ClaimGang,
-        MarkNode,
-    )
-}
+    Submit | Claim | Begin | Finish | Expire | Release | Cancel | Retry | Wake | Clear | Prune | ForgetWorkers
+    | ClaimGang | MarkNode | RetryMany | PutSchedule | DropSchedule | RunSchedule
+)  # fmt: skip
+_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in _COMMANDS}
 _ITEMS: dict[str, tuple[int, type[Any]]] = {
     "Submit": (1, NewJob),
     "Claim": (2, Pick),
@@ -262,6 +277,7 @@ _ITEMS: dict[str, tuple[int, type[Any]]] = {
     "Begin": (2, Began),
     "Finish": (1, AttemptDone),
     "Expire": (1, Lapse),
+    "RunSchedule": (4, NewJob),
 }
 
 

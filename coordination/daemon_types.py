@@ -12,6 +12,7 @@ class DaemonType(StrEnum):
     JOB_REAPER = "job_reaper"
     WORKER_PULL = "worker_pull"
     QUEUE_MAINTENANCE = "queue_maintenance"
+    SCHEDULER = "scheduler"
     HEALTH_MONITOR = "health_monitor"
     GPU_WATCH = "gpu_watch"
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coordination import commands as c
+from coordination.arrays import parse
 from coordination.clock import Clock
 from coordination.commands import Command
 from coordination.errors import OutcomeUnknown, Refused
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 PROPOSE_SECONDS = 10.0
 CLEAR_SLICE = 2_000
+RETRY_SLICE = 500
 VALIDATE_SLICE = 100  # jobs validated between two turns of the event loop
 MAX_WORKERS = 10_000
 ARRIVAL_SHARE = 1 / 6  # of a lease: how long a claimed job may be on its way before a worker without it has lost it
@@ -232,8 +234,9 @@ class Dispatcher:
                 if n % VALIDATE_SLICE == 0:
                     await asyncio.sleep(0)
         jobs = submission.finish()
-        if self._state.unfinished_total + len(jobs) > self._max_unfinished:
-            raise Refused(429, f"the queue holds {self._state.unfinished_total} unfinished jobs; try again later")
+        held = self._state.unfinished_total + self._state.array_backlog
+        if held + sum(parse(job.array).size if job.array else 1 for job in jobs) > self._max_unfinished:
+            raise Refused(429, f"the queue holds {held} unfinished jobs; try again later")
         if not jobs:
             return {"ids": [], "created": []}
         return await self.propose(c.Submit(self._clock.now_ms(), jobs, key, digest))
@@ -381,10 +384,32 @@ class Dispatcher:
 
     async def cancel(self, ids: list[str], reason: str, *, key: str) -> list[str]:
         cancelled: list[str] = await self.propose(c.Cancel(self._clock.now_ms(), tuple(ids), reason, key))
+        if self._state.arrays_want:
+            await self.wake_due()  # an array's members go in slices; its maintenance would come to them a little later
         return cancelled
 
     async def retry(self, job_id: str, *, key: str) -> None:
         await self.propose(c.Retry(self._clock.now_ms(), job_id, key))
+
+    async def retry_failed(
+        self, *, kind: str | None, group: str | None, array: str | None, max_age_ms: int, limit: int
+    ) -> int:
+        """Retries failed jobs by the thousand, the newest first: those that failed before now and within `max_age_ms`.
+        Answers how many; what cannot be retried (a broken dependency, a unique key that is held) is passed over."""
+        now = self._clock.now_ms()
+        since, total = max(now - max_age_ms, 0), 0
+        until: tuple[int, int] | None = (now, 1 << 62)
+        while until is not None and total < limit:
+            here = until
+
+            def read(reader: QueueReader, here: tuple[int, int] = here) -> Any:
+                return reader.failed(kind=kind, group=group, array=array, since_ms=since, until=here, limit=RETRY_SLICE)
+
+            ids, until = await self.ask(read)
+            if ids:
+                command = c.RetryMany(self._clock.now_ms(), tuple(ids[: limit - total]))
+                total += len(await self.propose(command))
+        return total
 
     async def clear(self, *, include_running: bool) -> int:
         """Cancels what has not started (and, if asked, what has); jobs submitted meanwhile are spared."""
@@ -436,12 +461,19 @@ class Dispatcher:
         return n
 
     @property
+    def array_backlog(self) -> int:
+        """Members of arrays that are still to be made, by this node's copy."""
+        return self._state.array_backlog
+
+    @property
     def anything_waits(self) -> bool:
         """Whether `wake_due` may find something, now or later."""
-        return self.leads and self._state.waiting_total > 0
+        return self.leads and (self._state.waiting_total > 0 or self._state.arrays_want)
 
     async def wake_due(self, limit: int = 1_000) -> int:
-        """waiting -> pending for what is due."""
+        """waiting -> pending for what is due; members of arrays, where entries have left some to be made."""
+        while self._state.arrays_want:
+            await self.propose(c.Wake(self._clock.now_ms(), limit))
         if not self._state.waiting_total:
             return 0
         due = await self.ask(lambda reader: reader.next_due_ms())
@@ -679,7 +711,7 @@ def _grace_ms(job: Mapping[str, Any]) -> int:
 
 _TOLD = (
     "token", "kind", "command", "params", "env", "cwd", "requires", "gpus", "timeout_seconds", "grace_seconds", "fence",
-    "checkpoint",
+    "checkpoint", "array",
 )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from coordination.arrays import parse
+
 MAX_JOB_BYTES = 1 << 20
 MAX_BATCH_JOBS = 10_000
 MAX_ARGUMENT_BYTES = 131_071  # Linux MAX_ARG_STRLEN less its NUL: execve refuses longer ones
@@ -140,6 +142,11 @@ def _exit_codes(value: list[int | str]) -> list[int | str]:
 ExitCodes = Annotated[list[Whole | str], Field(max_length=64), AfterValidator(_exit_codes)]
 
 
+def _indexes(text: str) -> str:
+    parse(text)
+    return text.replace(" ", "")
+
+
 class Closed(BaseModel):
     """Base of every body we accept: strict types, unknown fields refused, infinities refused, immutable."""
 
@@ -206,6 +213,7 @@ class JobSpec(Closed):
     fence: Literal["attempt", "strict"] = "attempt"
     preemptible: bool | None = None
     no_retry_exit_codes: ExitCodes | None = None
+    array: Annotated[str, Field(max_length=1_000), AfterValidator(_indexes)] | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> JobSpec:
@@ -216,6 +224,8 @@ class JobSpec(Closed):
                 raise ValueError(f"env: {name[:40]!r} is set by the node and cannot be given")
         if self.cwd is not None and not self.cwd.startswith("/"):
             raise ValueError("cwd: must be an absolute path")
+        if self.array is not None and "array_index" in self.params:
+            raise ValueError("params: array_index is set by the array and cannot be given")
         if self.kind == "command" and self.command is None:
             raise ValueError("command: a job of kind 'command' needs a command")
         return self

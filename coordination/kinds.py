@@ -15,8 +15,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from coordination.arrays import PLACEHOLDER
+from coordination.commands import MAX_SCHEDULES
 from coordination.errors import InvalidInput
 from coordination.job import Argument, Closed, ExitCodes, JobSpec, Number, Requires, Scalar, ShortWord, Whole
+from coordination.schedules import Schedule
 from coordination.validation import first_problem
 
 MAX_TIMEOUT_SECONDS = 3650 * 86_400  # ten years: long enough for "never", and milliseconds of it fit a database
@@ -67,13 +70,20 @@ class Catalogue(Closed):
     """``config/jobs.yaml`` as a whole."""
 
     kinds: dict[ShortWord, Kind]
+    schedules: dict[ShortWord, Schedule] = Field(default_factory=dict, max_length=MAX_SCHEDULES)
 
 
 class Kinds:
     """Looks kinds up by name or alias and fills their templates."""
 
-    def __init__(self, kinds: Mapping[str, Kind], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind],
+        environment: Mapping[str, str] | None = None,
+        schedules: Mapping[str, Schedule] | None = None,
+    ) -> None:
         self.by_name = dict(kinds)
+        self.schedules = dict(schedules or {})
         self.by_name.setdefault("command", Kind(description="any command line"))
         self._environment = os.environ if environment is None else environment
         self._names = {name: name for name in self.by_name}
@@ -96,7 +106,8 @@ class Kinds:
         except yaml.YAMLError as error:
             raise InvalidInput(str(path), f"is not YAML: {error}") from None
         try:
-            return cls(Catalogue.model_validate(body).kinds, environment)
+            catalogue = Catalogue.model_validate(body)
+            return cls(catalogue.kinds, environment, catalogue.schedules)
         except ValidationError as error:
             field, detail = first_problem(error, Catalogue)
             raise InvalidInput(f"{path}: {field}", detail) from None
@@ -111,11 +122,14 @@ class Kinds:
         return found
 
     def timeout_seconds(self, name: str) -> float | None:
-        """The kind's default timeout; ``RINGRIFT_<KIND>_TIMEOUT`` (seconds) overrides it."""
-        variable = f"RINGRIFT_{re.sub(r'[^A-Za-z0-9]', '_', name).upper()}_TIMEOUT"
-        text = self._environment.get(variable)
-        if text is None:
+        """The kind's default timeout; ``RINGRIFT_<KIND>_TIMEOUT`` (seconds) overrides it, under the kind's own name or
+        one of its aliases, in that order."""
+        names = (name, *self.by_name[name].aliases)
+        variables = [f"RINGRIFT_{re.sub(r'[^A-Za-z0-9]', '_', each).upper()}_TIMEOUT" for each in names]
+        variable = next((each for each in variables if each in self._environment), None)
+        if variable is None:
             return self.by_name[name].timeout_seconds
+        text = self._environment[variable]
         try:
             seconds = float(text)
         except ValueError:
@@ -130,6 +144,7 @@ class Kinds:
 
         In a kind's template every placeholder must be filled and every param must be used or have a default; in a
         job's own command only the params it gives are replaced, so that braces in JSON arguments stay as they are.
+        ``{array_index}`` of an array is filled when its members are made.
         """
         kind = self.by_name[name]
         if spec.command is not None:
@@ -145,6 +160,8 @@ class Kinds:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(sorted(known)) or 'none'}"
                 raise InvalidInput(f"params.{key}", f"kind {name!r} has no such param{hint}")
         values = {**kind.params, **spec.params}
+        if spec.array is not None:
+            values["array_index"] = PLACEHOLDER  # it stays one until a member is made
         for key in sorted(placeholders):
             if key not in values:
                 raise InvalidInput(f"params.{key}", f"kind {name!r} needs it")

@@ -407,6 +407,7 @@ def for_worker(job: Claimed, gpus: Iterable[str]) -> dict[str, Any]:
         "grace_seconds": carried.get("grace_seconds", 30.0),
         "fence": carried.get("fence", "attempt"),
         "checkpoint": json.loads(job.checkpoint) if job.checkpoint is not None else None,
+        "array": carried.get("array"),
     }
 
 

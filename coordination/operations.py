@@ -18,9 +18,10 @@ from coordination.daemon_types import DaemonState, DaemonType
 from coordination.dispatcher import Dispatcher
 from coordination.errors import InvalidInput, Refused
 from coordination.health import QueueFigures, judge
-from coordination.job import JobState
+from coordination.job import WORD, JobState
 from coordination.leases import Verdict
 from coordination.queue_reads import MAX_PAGE, NodeMark, QueueReader
+from coordination.scheduler import Scheduler
 from coordination.stalls import Stalls
 from coordination.unified_queue_populator import Populator
 
@@ -75,12 +76,14 @@ class Operations:
         alerts: AlertBook,
         limits: HealthSettings,
         node_status: Callable[[], Awaitable[dict[str, Any]]],
+        scheduler: Scheduler,
         *,
         gpu_idle_seconds: float = 600.0,
     ) -> None:
         self._desk, self._populator, self._supervisor, self._alerts = dispatcher, populator, supervisor, alerts
         self._limits = limits
         self._node_status = node_status
+        self._scheduler = scheduler
         self._depth = Depth()
         self.stalls = Stalls(dispatcher, gpu_idle_seconds=gpu_idle_seconds)
 
@@ -131,6 +134,7 @@ class Operations:
             "pending": by_state["pending"],
             "in_progress": by_state["claimed"] + by_state["running"],
             "waiting": by_state["waiting"],
+            "array_members_to_come": desk.array_backlog,
             "completed_hour": hour["completed"],
             "failed_hour": hour["failed"],
             "active_workers": len(active),
@@ -204,17 +208,30 @@ class Operations:
 
         record, ahead = await self._desk.ask(read)
         if record is None:
-            raise Refused(404, f"there is no job {id[:80]!r}", field="id")
+            return await self._array(id)
         return self._annotate(record, ahead)
 
-    async def jobs(self, *, filters: dict[str, str], limit: int, before: int | None) -> dict[str, Any]:
+    async def _array(self, id: str) -> dict[str, Any]:
+        """The summary of an array, or what there is to say of a member that is not made yet."""
+        record = await self._desk.ask(lambda reader: reader.array(id) or reader.member_to_come(id))
+        if record is None:
+            raise Refused(404, f"there is no job {id[:80]!r}", field="id")
+        if "env" in record:
+            record["env"] = _without_secrets(record["env"])
+        return record
+
+    async def jobs(
+        self, *, filters: dict[str, str], limit: int, before: int | None, array: str | None = None
+    ) -> dict[str, Any]:
         """A page: ``{"jobs", "cursor"}``; a cursor of null ends the list."""
-        found, cursor = await self._desk.ask(lambda reader: reader.jobs(filters=filters, limit=limit, before=before))
+        found, cursor = await self._desk.ask(
+            lambda reader: reader.jobs(filters=filters, limit=limit, before=before, array=array)
+        )
         return {"jobs": [self._annotate(record) for record in found], "cursor": str(cursor) if cursor else None}
 
     def _annotate(self, record: dict[str, Any], ahead: int | None = None) -> dict[str, Any]:
         """Adds what only the leader's memory knows: why it waits, its progress, its last sign of life."""
-        record["env"] = {name: "***" if _SECRET.search(name) else value for name, value in record["env"].items()}
+        record["env"] = _without_secrets(record["env"])
         state = record["state"]
         if state == "pending":
             record["why_pending"] = self._desk.why_pending(record, ahead)
@@ -231,13 +248,15 @@ class Operations:
     async def submit(
         self, body: Any, *, key: str | None = None, digest: str = "", batch: bool = False
     ) -> dict[str, Any]:
-        """One job's ``{"id", "created"}``, or a batch's ``{"ids", "created": [bool]}``."""
+        """One job's ``{"id", "created"}``, or a batch's ``{"ids", "created": [bool]}``; with arrays among them also how
+        many members each has: ``"count"``, or ``"counts"`` with null for what is none."""
         key = key or secrets.token_hex(12)
         bodies: AsyncIterable[Any] | Iterable[Any] = body if batch else [body]
         answer = cast(dict[str, Any], await self._desk.submit(bodies, batch=batch, key=key, digest=digest))
         if batch:
             return answer
-        return {"id": answer["ids"][0], "created": answer["created"][0]}
+        told = {"id": answer["ids"][0], "created": answer["created"][0]}
+        return {**told, "count": answer["counts"][0]} if "counts" in answer else told
 
     async def cancel(self, id: str, reason: Any = "operator", *, key: str = "") -> dict[str, Any]:
         await self._desk.cancel([id], check_text("reason", reason), key=key)
@@ -250,6 +269,43 @@ class Operations:
     async def retry(self, id: str, *, key: str = "") -> dict[str, Any]:
         await self._desk.retry(id, key=key)
         return await self.job(id)
+
+    async def retry_failed(
+        self,
+        kind: Any = None,
+        group: Any = None,
+        array: Any = None,
+        max_age_hours: Any = 24 * 365,
+        limit: Any = 1_000_000,
+    ) -> dict[str, Any]:
+        """``{"retried": n}``: the dead letters of this kind, group or array, newest first, have all their attempts
+        again."""
+        hours = check_number("max_age_hours", max_age_hours, most=1e6)
+        retried = await self._desk.retry_failed(
+            kind=self._desk.kinds.canonical(check_text("kind", kind)) if kind is not None else None,
+            group=check_text("group", group) if group is not None else None,
+            array=check_text("array", array) if array is not None else None,
+            max_age_ms=int(hours * 3_600_000),
+            limit=int(check_number("limit", limit, least=1, most=1e6)),
+        )
+        return {"retried": retried}
+
+    async def schedules(self) -> dict[str, Any]:
+        """``{"schedules": […]}`` by name, each with its next and its last run."""
+        return {"schedules": await self._scheduler.rows()}
+
+    async def schedule(self, name: str) -> dict[str, Any]:
+        return await self._scheduler.row(name)
+
+    async def put_schedule(self, name: Any, **body: Any) -> dict[str, Any]:
+        """Adds a schedule or replaces the one of this name; answers it."""
+        if not isinstance(name, str) or len(name) > 64 or not re.fullmatch(WORD, name):
+            raise InvalidInput("name", "must be a word of at most 64 letters, digits and . _ : / -")
+        return await self._scheduler.put(name, body)
+
+    async def drop_schedule(self, name: str) -> dict[str, Any]:
+        await self._scheduler.drop(name)
+        return {"dropped": name}
 
     async def clear(self, include_running: Any = False) -> dict[str, Any]:
         return {"cleared": await self._desk.clear(include_running=check_flag("include_running", include_running))}
@@ -349,6 +405,10 @@ class Operations:
     async def clear_alert(self, name: Any) -> dict[str, Any]:
         name = check_text("name", name, most=100)
         return {"alert": name, "cleared": self._alerts.clear_alert(name, self._desk.now_ms())}
+
+
+def _without_secrets(env: dict[str, str]) -> dict[str, str]:
+    return {name: "***" if _SECRET.search(name) else value for name, value in env.items()}
 
 
 def _nest(totals: dict[tuple[str, str], int]) -> dict[str, dict[str, int]]:

@@ -19,8 +19,47 @@ FROM jobs WHERE id = ?
 SELECT seq, id, kind, grp, state, shape, attempt, failures, max_attempts, backoff_ms, moves, worker, ready_ms, blockers
 FROM jobs WHERE seq = ?
 
--- name: unfinished_by_key | the job that holds a unique key now
-SELECT id FROM jobs WHERE unique_key = ? AND state IN ('waiting', 'pending', 'claimed', 'running')
+-- name: unfinished_by_key | the job or the array that holds a unique key now
+SELECT id FROM jobs WHERE unique_key = ?1 AND state IN ('waiting', 'pending', 'claimed', 'running') UNION ALL
+SELECT id FROM arrays WHERE unique_key = ?1 AND finished_ms IS NULL
+
+-- name: put_schedule | a schedule, new or in place of the one of its name
+INSERT INTO schedules (name, body, origin, due_ms, changed_ms) VALUES (?1, ?2, ?3, ?4, ?5)
+ON CONFLICT DO UPDATE SET body = ?2, origin = ?3, due_ms = ?4, changed_ms = ?5, note = ''
+
+-- name: ran_schedule | a due time is dealt with
+UPDATE schedules SET due_ms = ?, runs = runs + ?, skipped = skipped + ?, last_due_ms = ?,
+                     last_job = coalesce(?, last_job), note = ? WHERE name = ?
+
+-- name: due_schedules | what is to be run now
+SELECT name, due_ms, body FROM schedules INDEXED BY schedules_due WHERE due_ms > 0 AND due_ms <= ? ORDER BY due_ms, name
+
+-- name: schedules | all of them
+SELECT name, body, origin, due_ms, changed_ms, runs, skipped, last_due_ms, last_job, note FROM schedules ORDER BY name
+
+-- name: insert_array | a new array
+INSERT INTO arrays (seq, id, size, indexes, kind, grp, unique_key, created_ms, template)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: array_row | the books of one array
+SELECT seq, id, size, indexes, kind, grp, unique_key, state, reason, finished_ms, blockers, closed, made, parked, pruned,
+       waiting, pending, claimed, running, completed, failed, cancelled
+FROM arrays WHERE seq = ?
+
+-- name: save_array | its books as they are now
+UPDATE arrays SET state = ?, reason = ?, finished_ms = ?, blockers = ?, closed = ?, made = ?, parked = ?, pruned = ?,
+                  waiting = ?, pending = ?, claimed = ?, running = ?, completed = ?, failed = ?, cancelled = ?
+WHERE seq = ?
+
+-- name: members_in | the members of an array in one state
+SELECT seq FROM jobs INDEXED BY jobs_by_state WHERE state = ? AND seq > ? AND seq <= ? ORDER BY seq LIMIT ?
+
+-- name: open_arrays | arrays that a clear closes
+SELECT seq FROM arrays INDEXED BY arrays_unfinished WHERE finished_ms IS NULL AND seq <= ? ORDER BY seq
+
+-- name: empty_arrays | finished arrays without any job, old enough to forget
+SELECT seq FROM arrays INDEXED BY arrays_empty WHERE finished_ms IS NOT NULL AND made = pruned AND finished_ms < ?
+ORDER BY finished_ms, seq LIMIT ?
 
 -- name: claim_job | begin an attempt
 UPDATE jobs SET state = 'claimed', attempt = attempt + 1, token = ?, worker = ?, gpus = ?, claimed_ms = ?,
@@ -149,9 +188,19 @@ FROM jobs j WHERE id = ?
 -- name: job_history | its story
 SELECT n, at_ms, state, attempt, worker, reason FROM history WHERE seq = ? ORDER BY n
 
+-- name: array_record | everything about one array
+SELECT seq, id, size, indexes, kind, grp, unique_key, state, reason, finished_ms, blockers, closed, made, parked, pruned,
+       waiting, pending, claimed, running, completed, failed, cancelled, created_ms, template
+FROM arrays WHERE id = ?
+
 -- name: recent_failures | newest first
 SELECT id, kind, worker, attempt, error, exit_code, finished_ms FROM jobs INDEXED BY jobs_done
 WHERE state = 'failed' AND state IN ('completed', 'failed', 'cancelled') ORDER BY finished_ms DESC, seq DESC LIMIT ?
+
+-- name: failed_before | a slice of the failed jobs, newest first
+SELECT id, kind, grp, finished_ms, seq FROM jobs INDEXED BY jobs_done
+WHERE state = 'failed' AND state IN ('completed', 'failed', 'cancelled') AND finished_ms <= ?
+  AND (finished_ms, seq) < (?, ?) AND finished_ms >= ? ORDER BY finished_ms DESC, seq DESC LIMIT ?
 
 -- name: last_done | when a job last ended so
 SELECT max(finished_ms) FROM jobs INDEXED BY jobs_done

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import apsw
+import msgpack
 
+from coordination.arrays import STATES, parse
+from coordination.commands import NewJob
 from coordination.lane import shown_hints, shown_requires
 from coordination.sql import statements
 
@@ -150,13 +153,42 @@ class QueueReader:
             ]
         return record
 
+    def array(self, id: str) -> dict[str, Any] | None:
+        """The summary of an array, or None."""
+        row = self._one("array_record", (id,))
+        return None if row is None else _array_record(row)
+
+    def member_to_come(self, job_id: str) -> dict[str, Any] | None:
+        """What there is to say of an array's member that is not made yet, or None if this is none."""
+        id, _, index = job_id.rpartition(".")
+        row = self._one("array_record", (id,)) if index.isascii() and index.isdigit() and len(index) <= 8 else None
+        array = _array_record(row) if row is not None else None
+        if array is None or str(int(index)) != index:
+            return None
+        position = parse(array["array"]).position(int(index))
+        if position is None or position < array["made"]:
+            return None
+        over = array["to_come"] == 0
+        return {
+            "id": job_id,
+            "kind": array["kind"],
+            "group": array["group"],
+            "state": "cancelled" if over else "waiting",
+            "array": {"id": id, "index": int(index), "size": array["count"]},
+            "reason": array["reason"] if over else "its array makes it when its turn comes",
+            "attempt": 0,
+            "worker": None,
+            "finished_at": array["finished_at"] if over else None,
+        }
+
     def jobs(
-        self, *, filters: dict[str, str], limit: int, before: int | None
+        self, *, filters: dict[str, str], limit: int, before: int | None, array: str | None = None
     ) -> tuple[list[dict[str, Any]], int | None]:
         """A page of jobs, newest first, and the cursor of the next page (None at the end).
 
-        `filters` maps state, kind, grp or worker to the wanted value. A page looks at no more than SCAN_LIMIT rows, and
-        no more than PAGE_BYTES of them, so a page may be short, or empty, and have a cursor: more may follow.
+        `filters` maps state, kind, grp or worker to the wanted value; `array` wants the members of one. A page looks at
+        no more than SCAN_LIMIT rows, and no more than PAGE_BYTES of them, so a page may be short, or empty, and have a
+        cursor: more may follow.
         """
         columns = ("state", "kind", "grp", "worker")
         assert all(name in columns for name in filters)
@@ -165,10 +197,11 @@ class QueueReader:
         # The column names come from the tuple above, never from the caller.
         scan = (
             f"SELECT seq, id, ({rest}) AS hit, length(spec) + coalesce(length(result), 0) FROM jobs "  # noqa: S608
-            f"WHERE {indexed} seq < :before "
+            f"WHERE {indexed} seq < :before AND seq > :after "
             f"ORDER BY seq DESC LIMIT {SCAN_LIMIT}"
         )
-        values = {**filters, "before": before if before is not None else 1 << 62}
+        first, last_of = self._members(array) if array is not None else (0, 1 << 62)
+        values = {**filters, "before": min(before if before is not None else 1 << 62, last_of), "after": first}
         found: list[dict[str, Any]] = []
         seen, size, last = 0, 0, None
         with self._db:
@@ -182,6 +215,56 @@ class QueueReader:
                     if len(found) == limit or size >= PAGE_BYTES:
                         return found, last
         return found, last if seen == SCAN_LIMIT else None
+
+    def schedules(self) -> list[dict[str, Any]]:
+        """Every schedule by name; times are unix seconds."""
+        found = []
+        for name, body, origin, due, changed, runs, skipped, last_due, last_job, note in self._all("schedules"):
+            found.append(
+                {
+                    "name": name,
+                    "origin": origin,
+                    "schedule": json.loads(body),
+                    "next_due_at": _seconds(due) if due else None,
+                    "changed_at": _seconds(changed),
+                    "runs": runs,
+                    "skipped": skipped,
+                    "last_due_at": _seconds(last_due),
+                    "last_job": last_job,
+                    "note": note or None,
+                }
+            )
+        return found
+
+    def due_schedules(self, now_ms: int) -> list[tuple[str, int, str]]:
+        """(name, due time, body) of what is due."""
+        return cast(list[tuple[str, int, str]], self._all("due_schedules", (now_ms,)))
+
+    def failed(
+        self,
+        *,
+        kind: str | None,
+        group: str | None,
+        array: str | None,
+        since_ms: int,
+        until: tuple[int, int],
+        limit: int,
+    ) -> tuple[list[str], tuple[int, int] | None]:
+        """Ids of failed jobs, the newest first, and where the next slice goes on (None at the end). `until` is the
+        (time of the end, number) that this slice comes before. A slice looks at `limit` rows, fitting or not."""
+        first, last_of = self._members(array) if array is not None else (0, 1 << 62)
+        rows = self._all("failed_before", (until[0], until[0], until[1], since_ms, limit))
+        ids = [
+            job_id
+            for job_id, job_kind, grp, _, seq in rows
+            if kind in (None, job_kind) and group in (None, grp) and first < seq < last_of
+        ]
+        return ids, (rows[-1][3], rows[-1][4]) if len(rows) == limit else None
+
+    def _members(self, array: str) -> tuple[int, int]:
+        """Between which numbers the members of an array lie; of one that is not known, none do."""
+        row = self._one("array_record", (array,))
+        return (row[0], row[0] + row[2] + 1) if row is not None else (0, 0)
 
     def recent_failures(self, limit: int) -> list[dict[str, Any]]:
         """Newest first: ``{id, kind, worker, attempt, error, exit_code, failed_at}``."""
@@ -278,6 +361,7 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "grace_seconds": carried.get("grace_seconds"),
         "fence": carried.get("fence", "attempt"),
         "preemptible": carried.get("preemptible", True),
+        "array": carried.get("array"),
         "no_retry_exit_codes": no_retry.split(",") if no_retry else [],
         "token": token,
         "gpus": json.loads(gpus) if gpus else [],
@@ -296,4 +380,41 @@ def _record(row: tuple[Any, ...]) -> dict[str, Any]:
         "exit_code": exit_code,
         "result": _json(result),
         "checkpoint": _json(checkpoint),
+    }
+
+
+def _array_record(row: tuple[Any, ...]) -> dict[str, Any]:
+    (_, id, size, indexes, kind, group, unique_key, state, reason, finished, blockers, closed, made, *rest) = row
+    (_parked, _pruned, *counted, created, template) = rest
+    counts = dict(zip(STATES, counted, strict=True))
+    to_come = 0 if closed or state else size - made
+    job = NewJob(*msgpack.unpackb(template, use_list=False))
+    carried = json.loads(job.spec)
+    if not state:
+        started = counts["claimed"] + counts["running"] + counts["completed"] + counts["failed"]
+        state = "waiting" if blockers else "running" if started else "pending"
+    return {
+        "id": id,
+        "kind": kind,
+        "group": group,
+        "state": state,
+        "array": indexes,
+        "count": size,
+        "counts": {**counts, "cancelled": counts["cancelled"] + (size - made - to_come)},
+        "made": made,
+        "to_come": to_come,
+        "at_once": parse(indexes).at_once or None,
+        "priority": job.priority,
+        "command": carried["command"],
+        "params": carried.get("params", {}),
+        "requires": json.loads(job.requires),
+        "env": carried.get("env", {}),
+        "depends_on": carried.get("depends_on", []),
+        "unfinished_dependencies": blockers,
+        "unique_key": unique_key,
+        "max_attempts": job.max_attempts,
+        "timeout_seconds": job.timeout_ms / 1000 if job.timeout_ms else None,
+        "created_at": _seconds(created),
+        "finished_at": _seconds(finished),
+        "reason": reason,
     }

@@ -20,6 +20,7 @@ import apsw
 import msgpack
 
 from coordination import commands as c
+from coordination.arrays import MOST_AT_ONCE, UNFINISHED, Array, ArrayBook
 from coordination.errors import Refused
 from coordination.events import Event
 from coordination.events import EventType as E
@@ -61,8 +62,9 @@ EDGES: dict[tuple[JobState | None, JobState], str] = {
     (S.RUNNING, S.FAILED): "the last attempt failed",
     (S.RUNNING, S.CANCELLED): "cancelled",
     (S.FAILED, S.PENDING): "retried by hand",
+    (S.FAILED, S.WAITING): "retried by hand while its array has no turn for it",
     (S.CANCELLED, S.PENDING): "retried by hand",
-    (S.CANCELLED, S.WAITING): "retried by hand while a dependency is unfinished",
+    (S.CANCELLED, S.WAITING): "retried by hand while a dependency is unfinished, or its array has no turn for it",
 }  # An attempt that ended before its start was reported passes through running.
 
 
@@ -117,6 +119,14 @@ class _Row(NamedTuple):
     blockers: int
 
 
+class _Dependency(NamedTuple):
+    """A job or an array that others wait for; an array that is not over has the state ""."""
+
+    seq: int
+    id: str
+    state: str
+
+
 class _Hints(NamedTuple):
     no_retry: str
     asked: str | None
@@ -151,6 +161,7 @@ class QueueState:
         self._migrate()
         meta = {str(key): int(cast(int, value)) for key, value in self._run("SELECT key, value FROM meta")}
         self._q = statements()
+        self._arrays = ArrayBook(self._run, self._q)
         self.applied_index = self._index = meta["applied"]  # committed to the file; and of the entry in hand
         self.applied_term = self._term = meta["term"]
         self._durable_index = 0  # what a checkpoint of ours has covered
@@ -191,6 +202,10 @@ class QueueState:
             c.ForgetWorkers: self._on_forget_workers,
             c.ClaimGang: self._on_claim_gang,
             c.MarkNode: self._on_mark_node,
+            c.RetryMany: self._on_retry_many,
+            c.PutSchedule: self._on_put_schedule,
+            c.DropSchedule: self._on_drop_schedule,
+            c.RunSchedule: self._on_run_schedule,
         }
 
     def _migrate(self) -> None:
@@ -255,8 +270,10 @@ class QueueState:
             command = c.decode(body)
             self._keep_time(command.at_ms)
             result = self._handlers[type(command)](index, command)
+            self._tend_arrays()
         self._index, self._term = index, term
         sums = f"{index} {self.now_ms} {self._seq} {self.unfinished_total} {self.pending_total} {self.waiting_total}"
+        sums += f" {self._arrays.to_come}"
         self._digest = crc32(sums.encode(), self._digest)
         self._digested += 1
         if index % MARK_EVERY == 0:
@@ -301,6 +318,7 @@ class QueueState:
                 " failed = failed + ?3, claimed = claimed + ?4, seen_ms = ?5",
                 (worker, completed, failed, claimed, seen),
             )
+        self._arrays.flush()
         self._clear_deltas()
 
     def checkpoint(self) -> int:
@@ -355,6 +373,7 @@ class QueueState:
             self._ready_add(shape, 1)
         self.waiting_total += (new is S.WAITING) - (old == "waiting")
         self.unfinished_total += (new not in FINISHED) - (old is not None and old not in FINISHED)
+        self._arrays.moved(seq, old, new.value)
 
     def _ready_add(self, shape: int, n: int) -> None:
         self._ready[shape] = self._ready.get(shape, 0) + n
@@ -444,6 +463,7 @@ class QueueState:
             return refused
         ids: list[str] = []
         created: list[bool] = []
+        counts: dict[int, int] = {}  # members of the arrays among them
         instead: dict[str, str] = {}  # a job of this batch that was not made -> the one that holds its unique_key
         for job in command.jobs:
             taken = None
@@ -451,27 +471,34 @@ class QueueState:
                 taken = self._run(self._q["unfinished_by_key"], (job.unique_key,)).fetchone()
             ids.append(str(taken[0]) if taken else job.id)
             created.append(taken is None)
-            if taken is None:
-                self._insert(_renamed(job, instead))
-            else:
+            if taken is not None:
                 instead[job.id] = str(taken[0])
-        self._remember(command.key, command.digest, {"ids": ids})
-        return {"ids": ids, "created": created}
+            elif job.array:
+                counts[len(ids) - 1] = self._insert_array(_renamed(job, instead))
+            else:
+                self._insert(_renamed(job, instead))
+        answer: dict[str, Any] = {"ids": ids}
+        if counts:
+            answer["counts"] = [counts.get(n) for n in range(len(ids))]
+        self._remember(command.key, command.digest, answer)
+        return {**answer, "created": created}
 
     def _check_dependencies(self, jobs: tuple[c.NewJob, ...]) -> Refused | None:
         """Every dependency must be a known job, or one of this batch that comes before it."""
         here: set[str] = set()
         for at, job in enumerate(jobs):
             for n, dep in enumerate(job.depends_on):
-                if dep not in here and self._run("SELECT 1 FROM jobs WHERE id = ?", (dep,)).fetchone() is None:
+                if dep not in here and self._dependency(dep) is None:
                     prefix = f"jobs[{at}]." if len(jobs) > 1 else ""
-                    return Refused(422, f"there is no job {dep!r}", field=f"{prefix}depends_on[{n}]")
+                    return Refused(422, self._no_job(dep), field=f"{prefix}depends_on[{n}]")
             here.add(job.id)
         return None
 
-    def _insert(self, job: c.NewJob) -> None:
-        self._seq += 1
-        seq = self._seq
+    def _insert(self, job: c.NewJob, seq: int = 0) -> None:
+        """A new job; `seq` is its number if that was set aside."""
+        if not seq:
+            self._seq += 1
+            seq = self._seq
         shape = self._take_shape(job.requires)
         broken, waits = self._dependencies(job.depends_on)
         blockers = 0
@@ -524,24 +551,111 @@ class QueueState:
             self._minutes[(self.now_ms // 60_000, job.kind, "cancelled")] += 1
             self._tell(E.WORK_CANCELLED, job.id, job.kind, reason=reason)
 
-    def _dependencies(self, ids: Iterable[str]) -> tuple[_Row | None, list[int]]:
-        """The first of these jobs that failed or was cancelled, and the numbers of those that are unfinished."""
-        broken: _Row | None = None
+    def _dependencies(self, ids: Iterable[str]) -> tuple[_Dependency | None, list[int]]:
+        """The first of these that failed or was cancelled, and the numbers of those that are unfinished."""
+        broken: _Dependency | None = None
         waits: dict[int, None] = {}
         for job_id in ids:
-            row = self._row(job_id)
-            if row is None:  # completed and since pruned: a job that is retried long after
+            found = self._dependency(job_id)
+            if found is None:  # completed and since pruned: a job that is retried long after
                 continue
-            if row.state in (S.FAILED, S.CANCELLED):
-                broken = broken or row
-            elif row.state != S.COMPLETED:
-                waits[row.seq] = None
+            if found.state in (S.FAILED, S.CANCELLED):
+                broken = broken or found
+            elif found.state != S.COMPLETED:
+                waits[found.seq] = None
         return broken, list(waits)
+
+    def _dependency(self, id: str) -> _Dependency | None:
+        """The job or the array of this id."""
+        row = self._row(id)
+        if row is not None:
+            return _Dependency(row.seq, id, row.state)
+        array = self._arrays.by_id(id)
+        return _Dependency(array.seq, id, array.state) if array is not None else None
 
     def _wait_for(self, seq: int, dependencies: list[int]) -> int:
         for dep in dependencies:
             self._run("INSERT INTO deps VALUES (?, ?)", (dep, seq))
         return len(dependencies)
+
+    # -- arrays ------------------------------------------------------------------------------------------------------
+
+    @property
+    def array_backlog(self) -> int:
+        """Members of arrays that are still to be made. A single number, so another thread may glance at it."""
+        return self._arrays.to_come
+
+    @property
+    def arrays_want(self) -> bool:
+        """Whether the next entry, whatever it is, makes or cancels members of arrays."""
+        return bool(self._arrays.wanting)
+
+    def _insert_array(self, job: c.NewJob) -> int:
+        """A new array; answers how many members it has, whose numbers follow its own."""
+        self._seq += 1
+        array = self._arrays.add(self._seq, job, self.now_ms)
+        self._seq += array.size
+        broken, waits = self._dependencies(job.depends_on)
+        if broken is not None:
+            self._arrays.close(array, cancel=True, reason=f"dependency {broken.id} {broken.state}")
+        array.blockers = self._wait_for(array.seq, waits) if broken is None else 0
+        return array.size
+
+    def _tend_arrays(self) -> None:
+        """After each entry: what it did to arrays, and one slice of what there is to make and to cancel. The oldest
+        array first, as the oldest job goes first."""
+        book = self._arrays
+        left = MOST_AT_ONCE
+        while book.touched or (book.wanting and left):
+            for seq in list(book.touched):
+                self._note_array(book.touched.pop(seq))
+            if book.wanting and left:
+                array = book.at(book.wanting[0])
+                done = self._serve(array, left)
+                assert done, f"array {array.id} wants something that there is not: {array}"
+                left -= done
+
+    def _note_array(self, array: Array) -> None:
+        if array.is_over:
+            array.state, array.finished_ms, array.blockers = array.outcome(), self.now_ms, 0
+            self._run("DELETE FROM deps WHERE seq = ?", (array.seq,))
+            self._arrays.save(array)
+            self._settle_dependents(array.seq, array.id, S(array.state))
+        self._arrays.note_wants(array)
+
+    def _serve(self, array: Array, limit: int) -> int:
+        """Makes or cancels members of an array that wants it; how many."""
+        if array.closed == 2:
+            return self._cancel_members(array, limit)
+        n = 0
+        for seq in self._arrays.waiting_for_their_turn(array, min(limit, array.room)) if array.parked else ():
+            self._run("DELETE FROM deps WHERE dep = ? AND seq = ?", (-array.seq, seq))
+            array.parked -= 1
+            self._unblock(self._row_by_seq(seq))
+            n += 1
+        for _ in range(min(limit - n, array.room, array.to_come)):
+            seq, job = self._arrays.next_member(array)
+            self._insert(job, seq)
+            n += 1
+        self._arrays.touch(array)
+        return n
+
+    def _cancel_members(self, array: Array, limit: int) -> int:
+        n = 0
+        for state in UNFINISHED:
+            span = (state, array.seq, array.seq + array.size, limit - n)
+            for (seq,) in self._run(self._q["members_in"], span).fetchall():
+                row = self._row_by_seq(cast(int, seq))
+                if row.state == state:
+                    self._cancel(row, array.reason or "its array was cancelled")
+                    n += 1
+        return n
+
+    def _no_job(self, job_id: str) -> str:
+        array = self._arrays.unmade(job_id)
+        if array is not None:
+            return f"job {job_id} is not made yet: it is a member of array {array.id}, whose turn has not come"
+        return f"there is no job {job_id!r}"
 
     # -- claim, begin, finish ----------------------------------------------------------------------------------------
 
@@ -807,10 +921,10 @@ class QueueState:
             reason=reason,
         )
         self._minutes[(self.now_ms // 60_000, row.kind, state.value)] += 1
-        self._settle_dependents(row, state)
+        self._settle_dependents(row.seq, row.id, state)
 
-    def _settle_dependents(self, row: _Row, state: JobState) -> None:
-        todo = [(row.seq, row.id, state)]
+    def _settle_dependents(self, seq: int, id: str, state: JobState) -> None:
+        todo = [(seq, id, state)]
         while todo:
             dep_seq, dep_id, dep_state = todo.pop()
             waiting = [cast(int, seq) for (seq,) in self._run(self._q["dependents"], (dep_seq,)).fetchall()]
@@ -818,6 +932,9 @@ class QueueState:
                 continue
             self._run("DELETE FROM deps WHERE dep = ?", (dep_seq,))
             for seq in waiting:
+                if seq in self._arrays:
+                    self._settle_array(self._arrays.at(seq), dep_id, dep_state)
+                    continue
                 dependent = self._row_by_seq(seq)
                 if dependent.state != S.WAITING:
                     continue
@@ -827,6 +944,16 @@ class QueueState:
                     reason = f"dependency {dep_id} {dep_state.value}"
                     self._cancel_unstarted(dependent, reason)
                     todo.append((seq, dependent.id, S.CANCELLED))
+
+    def _settle_array(self, array: Array, dep_id: str, dep_state: JobState) -> None:
+        """A dependency of an array has ended; what follows for those that depend on it comes after the entry."""
+        if array.state or array.closed:
+            return
+        if dep_state is S.COMPLETED:
+            array.blockers -= 1
+            self._arrays.touch(array)
+        else:
+            self._arrays.close(array, cancel=True, reason=f"dependency {dep_id} {dep_state.value}")
 
     def _unblock(self, row: _Row) -> None:
         blockers = row.blockers - 1
@@ -853,6 +980,10 @@ class QueueState:
             worker=row.worker,
             reason=reason,
         )
+        array = self._arrays.of(row.seq)
+        if array is not None and array.parked:
+            self._run("DELETE FROM deps WHERE dep = ? AND seq = ?", (-array.seq, row.seq))
+            array.parked -= self._db.changes()
         self._run("DELETE FROM deps WHERE seq = ?", (row.seq,))
         self._minutes[(self.now_ms // 60_000, row.kind, "cancelled")] += 1
         self._tell(E.WORK_CANCELLED, row.id, row.kind, reason=reason)
@@ -882,7 +1013,7 @@ class QueueState:
             row = self._row(job_id)
             if row is None or row.state not in IN_PROGRESS:
                 if len(command.ids) == 1:
-                    return _not_now(row, job_id, "released", "claimed or running")
+                    return self._not_now(row, job_id, "released", "claimed or running")
                 continue
             self._release(row, command.reason)
             released.append(job_id)
@@ -900,19 +1031,36 @@ class QueueState:
         cancelled = []
         for job_id in command.ids:
             row = self._row(job_id)
+            array = self._arrays.by_id(job_id) if row is None else None
+            if array is not None and not array.state:
+                self._arrays.close(array, cancel=True, reason=command.reason)
+                cancelled.append(job_id)
+                continue
             if row is None or row.state in FINISHED:
                 if len(command.ids) == 1:
-                    return _not_now(row, job_id, "cancelled", "unfinished")
+                    return self._not_now(row, job_id, "cancelled", "unfinished")
                 continue
             self._cancel(row, command.reason)
             cancelled.append(job_id)
         self._remember(command.key, digest, cancelled)
         return cancelled
 
+    def _not_now(self, row: _Row | None, job_id: str, what: str, when: str) -> Refused:
+        if row is not None:
+            return Refused(409, f"job {job_id} is {row.state}; only {when} jobs can be {what}", field="state")
+        array = self._arrays.by_id(job_id)
+        if array is not None and what == "cancelled":
+            return Refused(
+                409, f"array {job_id} is {array.state}; only unfinished ones can be cancelled", field="state"
+            )
+        if array is not None:
+            return Refused(409, f"{job_id} is an array; it is its members that are {what}", field="id")
+        return Refused(404, self._no_job(job_id), field="id")
+
     def _cancel(self, row: _Row, reason: str) -> None:
         if row.state in NOT_STARTED:
             self._cancel_unstarted(row, reason)
-            self._settle_dependents(row, S.CANCELLED)
+            self._settle_dependents(row.seq, row.id, S.CANCELLED)
         else:
             self._end(row, S.CANCELLED, failures=row.failures, reason=reason)
             self._tell(E.WORK_CANCELLED, row.id, row.kind, attempt=row.attempt, worker=row.worker, reason=reason)
@@ -923,7 +1071,7 @@ class QueueState:
             return first
         row = self._row(command.id)
         if row is None or row.state not in (S.FAILED, S.CANCELLED):
-            return _not_now(row, command.id, "retried", "failed or cancelled")
+            return self._not_now(row, command.id, "retried", "failed or cancelled")
         key, spec, asked = cast(
             Any, self._run("SELECT unique_key, spec, asked FROM jobs WHERE seq = ?", (row.seq,)).fetchone()
         )
@@ -933,6 +1081,21 @@ class QueueState:
         broken, waits = self._dependencies(json.loads(spec).get("depends_on", ()))
         if broken is not None:
             return Refused(409, f"its dependency {broken.id} is {broken.state}; retry that first", field="depends_on")
+        array = self._arrays.of(row.seq)
+        if array is not None:
+            if array.state and array.unique_key is not None:
+                holder = self._run(self._q["unfinished_by_key"], (array.unique_key,)).fetchone()
+                if holder is not None:
+                    held = f"its array's unique_key {array.unique_key!r} is held by the unfinished {holder[0]}"
+                    return Refused(409, held, field="unique_key")
+            if array.closed == 2 and array.unfinished:
+                return Refused(
+                    409, f"its array {array.id} is being cancelled; retry it once that is over", field="state"
+                )
+            if not array.room:
+                waits.append(-array.seq)
+                array.parked += 1
+            self._arrays.reopen(array)
         state = S.WAITING if waits else S.PENDING
         blockers = self._wait_for(row.seq, waits)
         if asked is not None:
@@ -953,6 +1116,74 @@ class QueueState:
         self._tell(E.WORK_QUEUED, row.id, row.kind, state=state.value, reason="retried by hand")
         self._remember(command.key, digest, [row.id])
         return [row.id]
+
+    def _on_retry_many(self, index: int, command: c.RetryMany) -> list[str]:
+        """Those that were retried; what one order would refuse (a broken dependency, a key that is held) stays."""
+        retried = []
+        for id in command.ids:
+            row = self._row(id)
+            if row is not None and row.state == S.FAILED:
+                answer = self._on_retry(index, c.Retry(command.at_ms, id))
+                if not isinstance(answer, Refused):
+                    retried.append(id)
+        return retried
+
+    # -- schedules ---------------------------------------------------------------------------------------------------
+
+    def _on_put_schedule(self, index: int, command: c.PutSchedule) -> Any:
+        there = self._run("SELECT body, origin, due_ms FROM schedules WHERE name = ?", (command.name,)).fetchone()
+        due_ms = command.due_ms
+        if there is not None:
+            body, origin, due = cast(Any, there)
+            if origin == "file" and command.origin != "file":
+                return Refused(409, f"schedule {command.name} is one of jobs.yaml; change it there", field="name")
+            if due and due_ms and _times(body) == _times(command.body):
+                due_ms = due
+        elif _single(self._run("SELECT count(*) FROM schedules")) >= c.MAX_SCHEDULES:
+            return Refused(409, f"there are {c.MAX_SCHEDULES} schedules already; drop one first", field="name")
+        self._run(self._q["put_schedule"], (command.name, command.body, command.origin, due_ms, self.now_ms))
+        return None
+
+    def _on_drop_schedule(self, index: int, command: c.DropSchedule) -> Any:
+        there = self._run("SELECT origin FROM schedules WHERE name = ?", (command.name,)).fetchone()
+        if there is None:
+            return Refused(404, f"there is no schedule {command.name!r}", field="name")
+        if there[0] == "file" and command.origin != "file":
+            return Refused(409, f"schedule {command.name} is one of jobs.yaml; take it out there", field="name")
+        self._run("DELETE FROM schedules WHERE name = ?", (command.name,))
+        return None
+
+    def _on_run_schedule(self, index: int, command: c.RunSchedule) -> int:
+        there = self._run("SELECT due_ms FROM schedules WHERE name = ?", (command.name,)).fetchone()
+        if there is None or there[0] != command.due_ms:
+            return 0  # dropped, changed, or run by the leader before
+        made: list[str] = []
+        note = command.note
+        for job in command.jobs:
+            taken = None
+            if job.unique_key is not None:
+                taken = self._run(self._q["unfinished_by_key"], (job.unique_key,)).fetchone()
+            if taken is not None:
+                note = f"{taken[0]} is unfinished, and runs may not overlap"
+            elif job.array:
+                self._insert_array(job)
+                made.append(job.id)
+            else:
+                self._insert(job)
+                made.append(job.id)
+        self._run(
+            self._q["ran_schedule"],
+            (
+                command.next_ms,
+                len(made),
+                0 if made else 1,
+                command.due_ms,
+                made[-1] if made else None,
+                note,
+                command.name,
+            ),
+        )
+        return len(made)
 
     def _on_wake(self, index: int, command: c.Wake) -> int:
         due = [cast(int, s) for (s,) in self._run(self._q["due_jobs"], (self.now_ms, command.limit)).fetchall()]
@@ -977,7 +1208,11 @@ class QueueState:
         self._tell(E.WORK_QUEUED, job_id, kind, state="pending")
 
     def _on_clear(self, index: int, command: c.Clear) -> int:
-        n, unfinished = 0, self.unfinished_total
+        n, unfinished = 0, self.unfinished_total + self._arrays.to_come
+        for (array_seq,) in self._run(self._q["open_arrays"], (command.upto_seq,)).fetchall():
+            array = self._arrays.at(cast(int, array_seq))
+            if not array.closed:
+                self._arrays.close(array, cancel=False, reason="cleared by an operator")
         states = [*NOT_STARTED, *(IN_PROGRESS if command.include_running else ())]
         for state in states:
             found = self._run(self._q["unstarted_slice"], (state.value, command.upto_seq, command.limit - n)).fetchall()
@@ -988,7 +1223,7 @@ class QueueState:
                     n += 1
             if n >= command.limit:
                 break
-        return unfinished - self.unfinished_total  # dependents that went along count too
+        return unfinished - self.unfinished_total - self._arrays.to_come  # dependents that went along count too
 
     def _on_prune(self, index: int, command: c.Prune) -> int:
         for state in command.states:
@@ -1006,6 +1241,14 @@ class QueueState:
             self._leave_shape(row.shape)
             for statement in ("jobs", "history", "deps", "members"):
                 self._run(f"DELETE FROM {statement} WHERE seq = ?", (seq,))  # noqa: S608 - four literals
+            array = self._arrays.of(seq)
+            if array is not None:
+                array.pruned += 1
+                self._arrays.touch(array)
+                if array.state and array.pruned == array.made:
+                    self._arrays.forget(array)
+        for (empty,) in self._run(self._q["empty_arrays"], (command.before_ms, command.limit)).fetchall():
+            self._arrays.forget(self._arrays.at(cast(int, empty)))
         self._run("DELETE FROM keys WHERE at_ms < ?", (self.now_ms - KEY_AGE_MS,))
         self._run(self._q["keys_beyond"], (MAX_KEYS,))
         self._run("DELETE FROM minutes WHERE minute < ?", (self.now_ms // 60_000 - 1_500,))
@@ -1054,6 +1297,12 @@ def _canonical(requires: dict[str, Any]) -> str:
     return json.dumps(requires, sort_keys=True, separators=(",", ":"))
 
 
+def _times(body: str) -> tuple[Any, Any]:
+    """What decides when a schedule is due."""
+    schedule = json.loads(body)
+    return schedule["cron"], schedule.get("timezone")
+
+
 def _renamed(job: c.NewJob, instead: dict[str, str]) -> c.NewJob:
     """The job with its dependencies on jobs that were not made turned into those on the jobs that stand for them."""
     if instead.keys().isdisjoint(job.depends_on):
@@ -1061,12 +1310,6 @@ def _renamed(job: c.NewJob, instead: dict[str, str]) -> c.NewJob:
     deps = tuple(instead.get(dep, dep) for dep in job.depends_on)
     carried = {**json.loads(job.spec), "depends_on": deps}
     return job._replace(depends_on=deps, spec=json.dumps(carried, separators=(",", ":")).encode())
-
-
-def _not_now(row: _Row | None, job_id: str, what: str, when: str) -> Refused:
-    if row is None:
-        return Refused(404, f"there is no job {job_id!r}", field="id")
-    return Refused(409, f"job {job_id} is {row.state}; only {when} jobs can be {what}", field="state")
 
 
 def _verdict(cause: str, row: _Row) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from coordination.arrays import MAX_ARRAY_BYTES, parse
 from coordination.commands import NewJob
 from coordination.errors import InvalidInput
 from coordination.job import MAX_BATCH_JOBS, MAX_JOB_BYTES, JobSpec, exit_codes
@@ -84,6 +85,14 @@ class Submission:
         encoded = json.dumps(carried, separators=(",", ":")).encode()
         if len(encoded) > MAX_JOB_BYTES:
             raise InvalidInput("", f"a job is at most {MAX_JOB_BYTES} bytes; this one is {len(encoded)}")
+        if spec.array is not None:
+            size = parse(spec.array).size
+            if size * len(encoded) > MAX_ARRAY_BYTES:
+                raise InvalidInput(
+                    "array",
+                    f"{size} members may carry {MAX_ARRAY_BYTES // size} bytes each; this one's carry {len(encoded)}: "
+                    "put long data into a file that they read",
+                )
         return NewJob(
             id=new_id(self._now_ms),
             kind=name,
@@ -100,6 +109,7 @@ class Submission:
             no_retry=exit_codes(
                 spec.no_retry_exit_codes if spec.no_retry_exit_codes is not None else kind.no_retry_exit_codes
             ),
+            array=spec.array or "",
         )
 
     def finish(self) -> tuple[NewJob, ...]:

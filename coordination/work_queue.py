@@ -57,6 +57,19 @@ class WorkQueue:
         """Forgets jobs that failed longer ago; how many."""
         return Count(self._call("purge_failed", max_age_hours=max_age_hours)["purged"])
 
+    def retry_failed_jobs(
+        self,
+        kind: str | None = None,
+        group: str | None = None,
+        array: str | None = None,
+        max_age_hours: float | None = None,
+        limit: int | None = None,
+    ) -> Count:
+        """Failed jobs start over with all their attempts, the newest first; how many."""
+        asked = {"kind": kind, "group": group, "array": array, "max_age_hours": max_age_hours, "limit": limit}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return Count(self._call("retry_failed", **given)["retried"])
+
     def clear_all(self, include_running: bool = False) -> Count:
         """Cancels everything that has not started, and with `include_running` the rest too; how many."""
         return Count(self._call("clear", include_running=include_running)["cleared"])

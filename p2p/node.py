@@ -44,6 +44,7 @@ from coordination.operations import Operations
 from coordination.planner import PlanPolicy
 from coordination.queue_reads import QueueReader
 from coordination.queue_state import QueueState
+from coordination.scheduler import Scheduler
 from coordination.unified_queue_populator import Populator
 from p2p.api import app as api
 from p2p.api.context import Context
@@ -62,7 +63,7 @@ from p2p.loops.desk import DeskOfTheLeader
 from p2p.loops.gpu_loops import GpuWatchLoop
 from p2p.loops.health_loops import HealthMonitorLoop
 from p2p.loops.job_loops import JobReaperConfig, JobReaperLoop, WorkerPullLoop
-from p2p.loops.queue_loops import QueueMaintenanceLoop, QueuePopulatorLoop
+from p2p.loops.queue_loops import QueueMaintenanceLoop, QueuePopulatorLoop, SchedulerLoop
 from p2p.membership.member import Member, State
 from p2p.metrics import exposition
 from p2p.peers import PeerRefused, Peers, PeerUnreachable
@@ -515,6 +516,7 @@ class Node:
         settings = self.settings
         alerts = self._alerts
         populator = Populator(self.desk, enabled=settings.populator.enabled, totals=settings.populator.totals)
+        scheduler = Scheduler(self.desk)
         self.supervisor = Supervisor(self.clock, self.bus)
         self.operations = Operations(
             self.desk,
@@ -523,6 +525,7 @@ class Node:
             alerts,
             settings.health,
             self.status,
+            scheduler,
             gpu_idle_seconds=settings.reaper.gpu_idle_seconds,
         )
         reaper = JobReaperConfig(**settings.reaper.model_dump(exclude={"gpu_idle_seconds"}))
@@ -539,6 +542,7 @@ class Node:
         self._add(DaemonType.QUEUE_POPULATOR, QueuePopulatorLoop(populator, settings.populator.interval_seconds))
         self._add(DaemonType.JOB_REAPER, JobReaperLoop(self.desk, reaper))
         self._add(DaemonType.QUEUE_MAINTENANCE, QueueMaintenanceLoop(self.desk, settings.queue))
+        self._add(DaemonType.SCHEDULER, SchedulerLoop(scheduler, self.desk.kinds.schedules))
         self._add(DaemonType.HEALTH_MONITOR, health)
 
     def _add(self, type: DaemonType, loop: Loop) -> None:

@@ -53,6 +53,7 @@ class LocalJob:
     progress_mtime_ms: int = 0
     cpu_work: CpuWork | None = None  # of a job with GPUs
     gpu_unnamed_mb: dict[str, int] = field(default_factory=dict)  # nobody's that we see, when it was taken on
+    progress_bad_mtime_ms: int = 0  # of one that could not be read
 
     @property
     def key(self) -> Key:
@@ -167,6 +168,7 @@ class Workplace:
         """What the runner is to start; it makes the attempt's folder."""
         told = job.description
         gpus = told.get("gpus", ())
+        array = told.get("array") or {}
         return StartSpec(
             job=job.id,
             attempt=job.attempt,
@@ -182,6 +184,7 @@ class Workplace:
                 "P2P_JOB_DIR": str(job.folder),
                 "P2P_URL": self.url,
                 **_gang_environment(told),
+                **{f"P2P_ARRAY_{name.upper()}": str(value) for name, value in array.items()},  # ID, INDEX, SIZE
             },
             directory=str(job.folder),
             cwd=told.get("cwd"),

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from p2p.api import admin, jobs, logs, node, peer, queue, worker
+from p2p.api import admin, jobs, logs, node, peer, queue, schedules, worker
 from p2p.api.bodies import MAX_REQUEST_BYTES, check_content_type
 from p2p.api.context import CONTEXT, Context
 from p2p.api.errors import Problem, problem_of
@@ -46,7 +46,7 @@ def build(context: Context) -> web.Application:
         context.dispatcher.wake_parked()
 
     app.on_shutdown.insert(0, stop)
-    for part in (node, jobs, logs, worker, queue, admin, peer):
+    for part in (node, jobs, logs, worker, queue, schedules, admin, peer):
         app.add_routes(_told_our_way(route) for route in part.routes)
     return app
 

@@ -94,7 +94,7 @@ def _split(raw: bytes, *, packed: bool) -> tuple[bool, Any]:
 @routes.get("/jobs")
 async def listing(request: web.Request) -> web.Response:
     """A page of jobs, newest first: ``{"jobs", "cursor", "as_of"}``."""
-    check_query(request, "state", "kind", "group", "worker", "limit", "cursor")
+    check_query(request, "state", "kind", "group", "worker", "array", "limit", "cursor")
     as_of = await context(request).read_point(request)
     columns = {"state": "state", "kind": "kind", "group": "grp", "worker": "worker"}
     filters = {column: value for name, column in columns.items() if (value := query_text(request, name)) is not None}
@@ -104,7 +104,8 @@ async def listing(request: web.Request) -> web.Response:
         filters["kind"] = context(request).dispatcher.kinds.canonical(filters["kind"])
     limit = query_int(request, "limit", least=1, most=MAX_PAGE) or 100
     before = query_int(request, "cursor", least=0, most=1 << 60)
-    page = await context(request).operations.jobs(filters=filters, limit=limit, before=before)
+    array = query_text(request, "array")
+    page = await context(request).operations.jobs(filters=filters, limit=limit, before=before, array=array)
     return answer(request, {**page, "as_of": as_of}, as_of=as_of)
 
 

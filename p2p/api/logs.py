@@ -23,7 +23,7 @@ CHUNK = 64 << 10
 FOLLOW_SECONDS = 0.2
 MAX_TAIL = 1_000_000
 LOOK_UP_SECONDS = 2.0
-JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,56}(\.[0-9]{1,7})?")  # a member of an array is <array>.<index>
 
 
 @routes.get("/jobs/{id}/logs")
@@ -41,6 +41,8 @@ async def logs(request: web.Request) -> web.StreamResponse:
         attempt, finished = asked, not here.attempt_runs(job_id, asked)
     else:
         job = await find_job(here, job_id)
+        if "counts" in job:
+            raise Refused(409, f"{job_id} is an array; ask for a member's log: /jobs/{job_id}.INDEX/logs", field="id")
         if follow and asked is None and job["attempt"] == 0:
             job = await _first_attempt(request, job)
         job_id, attempt, finished = job["id"], asked or job["attempt"], job["finished_at"] is not None

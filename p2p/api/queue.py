@@ -7,7 +7,7 @@ from typing import Literal
 from aiohttp import web
 from pydantic import Field
 
-from coordination.job import Closed, Number, Text
+from coordination.job import Closed, Number, ShortWord, Text, Whole
 from coordination.operations import DEFAULT_STUCK_SECONDS
 from p2p.api.bodies import check_query, query_int, query_number, read_model
 from p2p.api.context import answer, context
@@ -21,6 +21,14 @@ class ClearBody(Closed):
 
 class PurgeBody(Closed):
     max_age_hours: Number = Field(24.0, ge=0, le=1e6)
+
+
+class RetryBody(Closed):
+    kind: ShortWord | None = None
+    group: ShortWord | None = None
+    array: Text | None = Field(None, min_length=1, max_length=64)
+    max_age_hours: Number | None = Field(None, ge=0, le=1e6)
+    limit: Whole | None = Field(None, ge=1, le=1_000_000)
 
 
 class InactiveBody(Closed):
@@ -98,6 +106,15 @@ async def purge_failed(request: web.Request) -> web.Response:
     check_query(request)
     body = await read_model(request, PurgeBody)
     return answer(request, await context(request).operations.purge_failed(body.max_age_hours))
+
+
+@routes.post("/work_queue/retry_failed")
+async def retry_failed(request: web.Request) -> web.Response:
+    """Failed jobs (of a kind, group or array; so young; so many) start over, the newest first: ``{"retried"}``."""
+    check_query(request)
+    body = await read_model(request, RetryBody)
+    told = await context(request).operations.retry_failed(**body.model_dump(exclude_none=True))
+    return answer(request, told)
 
 
 @routes.post("/work_queue/clear_inactive_workers")

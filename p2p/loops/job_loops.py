@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -529,7 +530,8 @@ def _differ(now: tuple[GpuOffer, ...], told: tuple[GpuOffer, ...]) -> bool:
 
 
 def _progress_of(jobs: list[LocalJob], samples: dict[Key, ActivitySample]) -> dict[Key, bytes]:
-    """The progress files that changed since they were last read. A half-written one is read again next time."""
+    """The progress files that changed since they were last read. A half-written one is read again next time; one that
+    is still no good then, and has not changed since, is told of in place of the progress: its author waits for it."""
     changed: dict[Key, bytes] = {}
     for job in jobs:
         sample = samples.get(job.key)
@@ -537,8 +539,11 @@ def _progress_of(jobs: list[LocalJob], samples: dict[Key, ActivitySample]) -> di
             continue
         try:
             body = read_json(job.folder / "progress.json", MAX_PROGRESS_BYTES)
-        except ValueError:
-            continue
+        except ValueError as problem:
+            if job.progress_bad_mtime_ms != sample.progress_mtime_ms:
+                job.progress_bad_mtime_ms = sample.progress_mtime_ms
+                continue
+            body = json.dumps({"error": str(problem)}).encode()
         if body is not None:
             job.progress_mtime_ms = sample.progress_mtime_ms
             changed[job.key] = body

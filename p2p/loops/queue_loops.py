@@ -1,14 +1,19 @@
-"""The leader's loops over the queue: stock it, wake what is due, forget what is old."""
+"""The leader's loops over the queue: stock it, wake what is due, run what recurs, forget what is old."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from config.settings import QueueSettings
 from coordination.dispatcher import Dispatcher
+from coordination.scheduler import Scheduler
+from coordination.schedules import Schedule
 from coordination.unified_queue_populator import Populator
 from p2p.loops.base import PASSING, Loop
 
 PRUNE_SECONDS = 30.0
 TICK_SECONDS = 0.9
+SCHEDULE_SECONDS = 1.0
 WAITING_SECONDS, IDLE_SECONDS = 0.2, 1.0  # how often it is looked for jobs that are due, with and without any
 SILENT_WORKER_MS = 24 * 3_600_000  # pods come with a new name each time; the books do not keep them for ever
 
@@ -31,6 +36,27 @@ class QueuePopulatorLoop(Loop):
         except PASSING as error:
             self._populator.last_error = str(error)
             raise
+
+
+class SchedulerLoop(Loop):
+    """Submits recurring jobs when they are due. At the beginning of each term jobs.yaml has its say."""
+
+    name = "SchedulerLoop"
+
+    def __init__(self, scheduler: Scheduler, from_file: Mapping[str, Schedule]) -> None:
+        super().__init__(SCHEDULE_SECONDS)
+        self._scheduler, self._from_file = scheduler, from_file
+        self._taken_up = False
+        self.stats.update(jobs_submitted=0)
+
+    async def turn(self) -> None:
+        if not self._scheduler.leads:
+            self._taken_up = False
+            return
+        if not self._taken_up:
+            await self._scheduler.take_up(self._from_file)
+            self._taken_up = True
+        self.stats["jobs_submitted"] += await self._scheduler.run_due()
 
 
 class QueueMaintenanceLoop(Loop):

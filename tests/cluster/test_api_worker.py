@@ -124,6 +124,7 @@ def test_a_claim_tells_all_a_worker_needs(worker: Worker) -> None:
         "grace_seconds": 5.0,
         "fence": "strict",
         "checkpoint": None,
+        "array": None,
     }
     record = worker.node.job(job_id)
     assert (record["state"], record["worker"], record["attempt"]) == ("claimed", worker.name, 1)

@@ -28,6 +28,8 @@ TABLES = (
     "minutes",
     "totals",
     "workers",
+    "arrays",
+    "schedules",
 )
 
 

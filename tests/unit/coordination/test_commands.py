@@ -32,6 +32,11 @@ EVERY_COMMAND = [
     c.ClaimGang(1, 7, (c.Place("w", '["GPU-1"]'), c.Place("v", None))),
     c.MarkNode(1, "w", True, False, 0, "why"),
     c.MarkNode(1, "w", False, True, 5, "why"),
+    c.RetryMany(1, ("a", "b")),
+    c.PutSchedule(1, "s", "{}", "api", 5),
+    c.DropSchedule(1, "s", "file"),
+    c.RunSchedule(1, "s", 5, 9, (new_job("a", array="1-3%2", no_retry="2"),), ""),
+    c.RunSchedule(1, "s", 5, 9, (), "missed"),
 ]
 
 

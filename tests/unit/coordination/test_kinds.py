@@ -11,6 +11,7 @@ from config.settings import ROOT
 from coordination.errors import InvalidInput
 from coordination.job import JobSpec
 from coordination.kinds import Kind, Kinds
+from coordination.submission import Submission
 
 PLAY = Kind.model_validate(
     {
@@ -92,6 +93,37 @@ def test_environment_overrides_a_kinds_timeout() -> None:
     assert kinds({"RINGRIFT_BARE_TIMEOUT": "5"}).timeout_seconds("bare") == 5
     dashed = Kinds({"self-play": Kind()}, {"RINGRIFT_SELF_PLAY_TIMEOUT": "9"})
     assert dashed.timeout_seconds("self-play") == 9
+
+
+def test_override_may_name_an_alias_and_the_kinds_own_name_goes_first() -> None:
+    assert kinds({"RINGRIFT_GAMES_TIMEOUT": "8"}).timeout_seconds("play") == 8
+    both = {"RINGRIFT_GAMES_TIMEOUT": "8", "RINGRIFT_PLAY_TIMEOUT": "7"}
+    assert kinds(both).timeout_seconds("play") == 7
+    with pytest.raises(InvalidInput) as refused:
+        kinds({"RINGRIFT_GAMES_TIMEOUT": "soon"})
+    assert refused.value.field == "RINGRIFT_GAMES_TIMEOUT"
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable", "default"),
+    [
+        ("selfplay", "RINGRIFT_SELFPLAY_TIMEOUT", 7_200),
+        ("training", "RINGRIFT_TRAINING_TIMEOUT", 86_400),
+        ("evaluation", "RINGRIFT_EVALUATION_TIMEOUT", 3_600),
+        ("gauntlet", "RINGRIFT_GAUNTLET_TIMEOUT", 3_600),
+        ("gauntlet", "RINGRIFT_EVALUATION_TIMEOUT", 3_600),
+        ("tournament", "RINGRIFT_TOURNAMENT_TIMEOUT", 3_600),
+    ],
+)
+def test_timeouts_of_the_kinds_that_ship_can_be_overridden(kind: str, variable: str, default: int) -> None:
+    def timeout_ms(environment: dict[str, str], **job: Any) -> int:
+        submission = Submission(Kinds.load(ROOT / "config/jobs.yaml", environment), 0, batch=False)
+        submission.add({"kind": kind, "command": ["true"], **job})
+        return submission.finish()[0].timeout_ms
+
+    assert timeout_ms({}) == default * 1_000
+    assert timeout_ms({variable: "77"}) == 77_000
+    assert timeout_ms({variable: "77"}, timeout_seconds=5) == 5_000, "what the job itself says wins"
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "-1", "inf", "nan", "1e16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from coordination.queue_state import QueueState
 from coordination.sql import statements
 from tests.unit.coordination.drive import T0, connection, new_job
 
-# These read whole tables on purpose; none of those grows with the number of jobs.
+# These read whole tables on purpose; none of those grows with the number of jobs, but that of `ahead`, which is asked
+# on the reader's thread when a person looks at one pending job.
 SMALL = {
+    "ahead": "jobs",
     "counts": "counts",
     "totals": "totals",
     "workers": "w",
     "shape_counts": "c",
     "keys_beyond": "keys",
     "nodes": "nodes",
+    "schedules": "schedules",
 }
 
 
@@ -117,6 +121,54 @@ def test_the_counter_would_see_a_scan(small: QueueState, large: QueueState) -> N
     scan = "SELECT count(*) FROM jobs WHERE timeout_ms = 1"
     costs = [steps(state, lambda state=state: connection(state).execute(scan).fetchall()) for state in (small, large)]
     assert costs[1] > 100 * costs[0]
+
+
+def chain(n: int) -> list[c.NewJob]:
+    return [new_job("root"), *(new_job(f"j{k}", depends_on=(f"j{k - 1}" if k else "root",)) for k in range(n - 1))]
+
+
+def fan_out(n: int) -> list[c.NewJob]:
+    return [new_job("root"), *(new_job(f"j{k}", depends_on=("root",)) for k in range(n - 1))]
+
+
+def diamond(n: int) -> list[c.NewJob]:
+    """A thousand that wait for the root, one that waits for them, and so on."""
+    jobs = [new_job("root")]
+    while len(jobs) < n:
+        width = min(999, n - len(jobs) - 1) or 1
+        last = jobs[-1].id
+        layer = [new_job(f"j{len(jobs)}.{k}", depends_on=(last,)) for k in range(width)]
+        jobs += [*layer, new_job(f"d{len(jobs)}", depends_on=tuple(job.id for job in layer))]
+    return jobs
+
+
+def settle(jobs: list[c.NewJob], *, ok: bool) -> tuple[int, float]:
+    """(instructions, seconds) of the one command by which the root ends."""
+    state = QueueState(":memory:")
+    step(state, c.Submit(T0, tuple(jobs), "", ""))
+    (root,) = step(state, c.Claim(T0, "w", (c.Pick(1, None),)))
+    done = c.AttemptDone(root.id, 1, "w", ok, None, None, 0 if ok else 1, False, 0, "exit")
+    began = time.perf_counter()
+    cost = steps(state, lambda: step(state, c.Finish(T0, (done,))))
+    assert state.unfinished_total == (len(jobs) - 1 if ok else 0)
+    return cost, time.perf_counter() - began
+
+
+@pytest.mark.parametrize("ok", [True, False], ids=["completed", "failed"])
+@pytest.mark.parametrize("shape", [chain, fan_out, diamond])
+def test_end_of_a_root_costs_what_it_settles(shape: Callable[[int], list[c.NewJob]], ok: bool) -> None:
+    small, large = settle(shape(1_000), ok=ok)[0], settle(shape(8_000), ok=ok)[0]
+    assert large < 10 * small
+
+
+@pytest.mark.parametrize("shape", [chain, fan_out, diamond])
+def test_ten_thousand_jobs_are_settled_at_once(shape: Callable[[int], list[c.NewJob]]) -> None:
+    state = QueueState(":memory:")
+    step(state, c.Submit(T0, tuple(shape(10_000)), "", ""))
+    began = time.perf_counter()
+    step(state, c.Cancel(T0, ("root",), "enough"))
+    assert state.unfinished_total == 0
+    assert time.perf_counter() - began < 5
 
 
 def test_reader_answers_every_question_on_a_real_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -24,6 +25,7 @@ from coordination.retry import backoff_ms
 from tests.unit.coordination.drive import DAY, T0, Queue, connection, dump, new_job
 from tests.unit.coordination.model import FINISHED, UNFINISHED, QueueModel, Refusal
 
+AHEAD, AT_ONCE = 3, 2
 SHAPES = ('{"cpus":1.0}', '{"gpus":1}')
 WORKERS = st.sampled_from(["w1", "w2", "w3"])
 NUMBERS = st.integers(0, 1 << 12)
@@ -45,9 +47,13 @@ class QueueMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("coordination.arrays.MOST_AHEAD", AHEAD)
+        self.patch.setattr("coordination.queue_state.MOST_AT_ONCE", AT_ONCE)
         self.queue = Queue()
-        self.model = QueueModel(backoff_ms)
+        self.model = QueueModel(backoff_ms, ahead=AHEAD, at_once=AT_ONCE)
         self.submitted = 0
+        self.untended = False
         self.finished: dict[str, tuple[str, int]] = {}
         self.followed: dict[int, ReadyLane] = {}
         self.followed_to = 0
@@ -56,18 +62,27 @@ class QueueMachine(RuleBasedStateMachine):
         if hasattr(self, "queue"):
             self.same_in_other_batches()
             self.queue.state.close()
+            self.patch.undo()
 
     # -- drawing ---------------------------------------------------------------------------------------------------
 
     def some(self, number: int, *states: str) -> str:
         """A job in one of these states if there is one; one time in sixteen any job, known or not."""
         fitting = [job.id for job in self.model.in_state(*states)]
-        choice = [*self.model.jobs, "unknown"] if number % 16 == 15 or not fitting else fitting
+        choice = [*self.model.jobs, *self.model.arrays, "unknown"] if number % 16 == 15 or not fitting else fitting
         return choice[number // 16 % len(choice)]
 
     def apply(self, command: c.Command) -> Any:
+        self.tend()
         self.model.now = max(self.model.now, command.at_ms)
+        self.untended = True
         return plain(self.queue.apply(command))
+
+    def tend(self) -> None:
+        """The model's part of what follows every command; the machine's is done."""
+        if self.untended:
+            self.model.tend()
+        self.untended = False
 
     # -- rules -----------------------------------------------------------------------------------------------------
 
@@ -88,6 +103,7 @@ class QueueMachine(RuleBasedStateMachine):
                     "not_before_ms": st.sampled_from([0, 0, 0, T0 - 1, T0 + 20_000]),
                     "unique_key": st.sampled_from([None, None, None, "u1", "u2"]),
                     "no_retry": st.sampled_from(["", "", "1"]),
+                    "array": st.sampled_from([*[""] * 8, "1-3", "7,1-4%2", "0-9", "1-9:4%1"]),
                     "deps": st.lists(NUMBERS, max_size=3),
                 }
             ),
@@ -100,7 +116,7 @@ class QueueMachine(RuleBasedStateMachine):
     def submit(self, jobs: list[dict[str, Any]], key: str, digest: str) -> None:
         batch = []
         for fields in jobs:
-            known = [*(job.id for job in batch), *self.model.jobs]
+            known = [*(job.id for job in batch), *self.model.jobs, *self.model.arrays]
             numbers = fields.pop("deps")
             deps = [known[number // 16 % len(known)] if number % 16 < 15 else "unknown" for number in numbers if known]
             self.submitted += 1
@@ -210,6 +226,18 @@ class QueueMachine(RuleBasedStateMachine):
         id = self.some(number, "failed", "cancelled")
         assert self.apply(c.Retry(self.queue.now, id, key)) == self.resulting(self.model.retry(id, key))
 
+    @precondition(lambda self: self.model.in_state("failed"))
+    @rule(numbers=st.lists(NUMBERS, min_size=1, max_size=3))
+    def retry_many(self, numbers: list[int]) -> None:
+        ids = tuple(self.some(number, "failed") for number in numbers)
+        failed = {job.id for job in self.model.in_state("failed")}
+        retried = self.apply(c.RetryMany(self.queue.now, ids))
+        expected = []
+        for id in ids:
+            if id in failed and id not in expected and not isinstance(self.model.retry(id, ""), Refusal):
+                expected.append(id)
+        assert retried == expected
+
     @precondition(lambda self: self.model.in_state("waiting"))
     @rule(limit=LIMITS)
     def wake(self, limit: int) -> None:
@@ -255,6 +283,35 @@ class QueueMachine(RuleBasedStateMachine):
     # -- what must hold after every step -----------------------------------------------------------------------------
 
     @invariant()
+    def arrays_are_the_models(self) -> None:
+        """The first of all: it brings the model to where the machine is."""
+        self.tend()
+        found = {}
+        for row in self.queue.rows("arrays"):
+            (seq, id, size, *_), (state, _, finished, blockers, closed, made, parked, pruned, *counts) = (
+                row[:9],
+                row[9:],
+            )
+            found[id] = (seq, size, state, finished or 0, blockers, closed, made, parked, pruned, counts)
+        expected = {}
+        for a in self.model.arrays.values():
+            ends = Counter(job.state for job in self.model.members(a, *UNFINISHED, *FINISHED)) + a.gone
+            blockers = 0 if a.closed or a.state else len(self.model.unfinished_dependencies(a))
+            expected[a.id] = (
+                a.seq, len(a.indexes), a.state, a.finished_ms if a.state else 0, blockers, a.closed, a.made,
+                len(a.parked), a.pruned, [ends[state] for state in (*UNFINISHED, *FINISHED)],
+            )  # fmt: skip
+        assert found == expected
+        assert self.queue.state.array_backlog == self.model.to_come
+        assert self.queue.state.arrays_want == any(self.model.wants(a) for a in self.model.arrays.values())
+
+    @invariant()
+    def no_more_of_a_throttled_array_run_than_it_allows(self) -> None:
+        for a in self.model.arrays.values():
+            if a.at_once:
+                assert len(self.model.members(a, "claimed", "running")) <= a.at_once
+
+    @invariant()
     def jobs_are_the_models(self) -> None:
         rows = connection(self.queue.state).execute(
             "SELECT id, seq, state, attempt, failures, worker, checkpoint FROM jobs"
@@ -271,7 +328,10 @@ class QueueMachine(RuleBasedStateMachine):
         waiting = self.model.in_state("waiting")
         expected = {job.id: len(self.model.unfinished_dependencies(job)) for job in waiting}
         assert dict(rows) == expected
-        edges = {(self.model.jobs[d].seq, j.seq) for j in waiting for d in self.model.unfinished_dependencies(j)}
+        arrays = [a for a in self.model.arrays.values() if not a.state and not a.closed]
+        numbers = {thing.id: thing.seq for thing in (*self.model.jobs.values(), *self.model.arrays.values())}
+        numbers |= {f"turn of {a.id}": -a.seq for a in self.model.arrays.values()}
+        edges = {(numbers[d], j.seq) for j in (*waiting, *arrays) for d in self.model.unfinished_dependencies(j)}
         assert set(self.queue.rows("deps")) == edges
 
     @invariant()

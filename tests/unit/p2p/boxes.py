@@ -29,6 +29,7 @@ from coordination.kinds import Kinds
 from coordination.operations import Operations
 from coordination.queue_reads import QueueReader
 from coordination.queue_state import QueueState
+from coordination.scheduler import Scheduler
 from coordination.unified_queue_populator import Populator
 from p2p.api import app as api
 from p2p.api.context import Context
@@ -133,7 +134,13 @@ class Box:
         supervisor = Supervisor(self.clock, self.bus)
         alerts = AlertBook(self.bus)
         self.operations = Operations(
-            self.desk, Populator(self.desk), supervisor, alerts, HealthSettings(), self._status
+            self.desk,
+            Populator(self.desk),
+            supervisor,
+            alerts,
+            HealthSettings(),
+            self._status,
+            Scheduler(self.desk),
         )
         self.context = Context(
             settings=settings,

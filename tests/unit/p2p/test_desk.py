@@ -258,7 +258,7 @@ async def test_no_wait_is_without_end(led: Boxes, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("p2p.loops.desk.MAX_WAIT_SECONDS", 0.01)
     body = {"room": pack_room(NONE), "worker": "w", "wait_seconds": float("inf")}
     async with asyncio.timeout(5):
-        assert await serve(led.a.desk, "claim", body, lambda: False) == {"jobs": [], "doomed": []}
+        assert await serve(led.a.desk, "claim", body, lambda: False) == {"jobs": [], "doomed": [], "mark": ""}
 
 
 async def test_a_worker_whose_claim_went_astray_gets_the_job_back_unspent(led: Boxes, desk: DeskOfTheLeader) -> None:

@@ -18,7 +18,7 @@ from coordination.leases import Claimant, Notice
 from coordination.placement import GpuOffer, Offer
 from p2p.loops import job_loops
 from p2p.loops.job_loops import WorkerPullLoop
-from p2p.runner.client import AttemptReport, RunnerUnavailable, StartSpec
+from p2p.runner.client import ActivitySample, AttemptReport, RunnerUnavailable, StartSpec
 from p2p.runner.protocol import VERSION
 from p2p.workplace import Key, Workplace
 
@@ -397,3 +397,26 @@ def test_attempt_that_was_ended_for_another_reason_did_not_run_out_of_memory(tmp
     job = place.add({"id": "j", "attempt": 1, "gpus": ["GPU-b"]})
     report = AttemptReport(job="j", attempt=1, state="exited", started_ms=5, signal=15, reason="preempted", error=OOM)
     assert job_loops._end_of(place, report, job).cause == "preempted"
+
+
+def test_progress_that_stays_unreadable_is_told_of(tmp_path: Path) -> None:
+    """Half-written at the first look, perhaps; not when it has not changed since."""
+    place = Workplace("n1", Offer(node="n1"), tmp_path, "http://127.0.0.1:1", 64)
+    job = place.add({"id": "j", "attempt": 1})
+    job.folder.mkdir()
+    path = job.folder / "progress.json"
+
+    def look(mtime_ms: int) -> bytes | None:
+        sample = ActivitySample(
+            job="j", attempt=1, cpu_seconds=0, rss_mb=0, stdout_bytes=0, stderr_bytes=0, progress_mtime_ms=mtime_ms
+        )
+        return job_loops._progress_of([job], {job.key: sample}).get(job.key)
+
+    path.write_text('"' + "x" * (64 << 10) + '"')
+    assert look(5) is None
+    assert look(5) == b'{"error": "progress.json is larger than 65536 bytes"}'
+    assert look(5) is None, "it is told once"
+    path.write_text("{half")
+    assert look(6) is None
+    path.write_text('{"step": 1}')
+    assert look(7) == b'{"step":1}'
