@@ -144,6 +144,7 @@ class WorkerPullLoop(Loop):
         self._early: dict[Key, AttemptReport] | None = None  # reports that came while attempts were being taken up
         self._renewed_at = 0
         self.accepting = True
+        self.taken_up = False  # whether it is known what has run here since before this start
         self.stats.update(jobs_pulled=0, pull_failures=0, jobs_reported=0, reports_refused=0)
 
     def accept(self, on: bool) -> None:
@@ -215,6 +216,7 @@ class WorkerPullLoop(Loop):
         for report in known:
             job = self.workplace.adopt(report.job, report.attempt, described.get(report.key))
             job.told_start = False
+        self.taken_up = True
         # An attempt may end while it is being taken up, and that is told once: such reports have waited for this.
         early, self._early = self._early or {}, None
         self._on_report(known)

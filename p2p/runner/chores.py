@@ -114,5 +114,5 @@ def _cap_for_a_turn(attempts: list[Attempt]) -> None:
         for attempt in attempts:
             if due[attempt.key] <= now and (logs := attempt.logs) is not None:
                 due[attempt.key] = now + min(logs.enforce(), quiet)
-        time.sleep(max(min(min(due.values()), end) - time.monotonic(), LEAST_SECONDS))
+        time.sleep(max(min(*due.values(), end) - time.monotonic(), LEAST_SECONDS))
         now = time.monotonic()
