@@ -55,6 +55,7 @@ PROTOCOL = 1
 AGREED_SECONDS = 6.0  # for so long a node that has agreed to a founding founds nothing itself
 FOUNDING_SECONDS = 4.0  # and so soon after it has asked for agreement the founder must have founded
 OFFICE_RETRY_SECONDS = 0.5
+ECHO_SECONDS = 10.0  # an anchor vouches for 3 s, and joins are tried again within 5
 OPERATOR_SECONDS = 10.0  # the autopilot lets an operator's change of voters be heard of everywhere
 HEARSAY_TURNS = 2
 DOUBT_SECONDS = 1.5  # a suspicion that is wrong is refuted sooner
@@ -109,6 +110,7 @@ class Cluster:
         self._token = settings.auth_token.get_secret_value() if settings.auth_token else None
         self._port = port
         self._boot = secrets.token_hex(8)
+        self._started_at = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._since: dict[VoterId, tuple[State, float]] = {}
@@ -320,8 +322,12 @@ class Cluster:
             )
 
     def _join_refused(self, refusal: JoinRefused) -> None:
-        """A name that a living process has is nothing that passes; the other refusals can be mended over there."""
-        if refusal.code == "conflict":
+        """A name that a living process has is nothing that passes; the other refusals can be mended over there. But
+        nobody can ask a node that cannot be dialled whether it lives, so its anchors take its word for a while: who
+        comes back within that is refused for the sake of its own earlier life, and asks again."""
+        if refusal.code != "conflict":
+            return
+        if self.address is not None or time.monotonic() - self._started_at > ECHO_SECONDS:
             self._callbacks.refused(f"{refusal.reason}; {refusal.fix}")
 
     def _tell(self, type: E, **fields: Any) -> None:

@@ -663,12 +663,14 @@ class Node:
     def _loops_json(self) -> dict[str, Any]:
         return {name: loop.as_json() for name, loop in self.loops.items()}
 
-    def _attempt_runs(self, job: str, attempt: int) -> bool:
+    def _attempt_runs(self, job: str, attempt: int) -> bool | None:
         worker = self.loops.get(WorkerPullLoop.name)
         if isinstance(worker, WorkerPullLoop):
             mine = worker.workplace.jobs.get((job, attempt))
             if mine is not None:
                 return not mine.ended
+            if not worker.taken_up:
+                return None
         held = self.desk.leases.by_job.get(job)  # claimed by a worker that is no node of ours
         return held is not None and held.attempt == attempt
 

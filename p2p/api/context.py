@@ -45,7 +45,7 @@ class Context:
     nodes: Callable[[], dict[str, Any]]
     metrics: Callable[[], bytes]
     attempt_folder: Callable[[str, int], Path]
-    attempt_runs: Callable[[str, int], bool]  # on this node, now
+    attempt_runs: Callable[[str, int], bool | None]  # on this node, now; None: not known yet
     shut_down: Callable[[], None]
     leadership: Leadership
     peers: Peers

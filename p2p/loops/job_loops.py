@@ -166,11 +166,14 @@ class WorkerPullLoop(Loop):
         self._delivered = asyncio.Event()
         self._stopping: set[Key] = set()
         self._why: dict[Key, str] = {}  # in a sentence, of attempts that this node ends by itself
-        self._taken_up = False  # what runs here is known: nothing else of this node's is running
+        self._in_touch = (
+            False  # with a runner, and the leader knows what it runs: nothing else of this node's is running
+        )
         self._told_gpus: tuple[GpuOffer, ...] = ()
         self.on_gpus_freed: Callable[[], None] = lambda: None  # a job with GPUs has ended
         self._early: dict[Key, AttemptReport] | None = None  # reports that came while attempts were being taken up
         self._renewed_at = 0
+        self.taken_up = False  # whether it is known what has run here since before this start
         self.stats.update(jobs_pulled=0, pull_failures=0, jobs_reported=0, reports_refused=0)
 
     @property
@@ -214,7 +217,7 @@ class WorkerPullLoop(Loop):
         except* RunnerError as group:
             self._failed(RunnerUnavailable("; ".join(str(error) for error in group.exceptions)))
         finally:
-            self._taken_up = False
+            self._in_touch = False
             await self._leave_runner()
         this = asyncio.current_task()
         if this is not None and this.cancelling():
@@ -252,6 +255,7 @@ class WorkerPullLoop(Loop):
         for report in known:
             job = self.workplace.adopt(report.job, report.attempt, described.get(report.key))
             job.told_start = False
+        self.taken_up = True
         # An attempt may end while it is being taken up, and that is told once: such reports have waited for this.
         early, self._early = self._early or {}, None
         self._on_report(known)
@@ -259,7 +263,7 @@ class WorkerPullLoop(Loop):
         missing = [job for key, job in self.workplace.jobs.items() if key not in listed and not job.ended]
         await self._begin(missing)
         await self._until_answered(lambda: self._send_beats(list(self.workplace.jobs.values()), {}, first=True))
-        self._taken_up = True
+        self._in_touch = True
 
     async def _described(self, keys: list[Key]) -> dict[Key, dict[str, Any]]:
         """What the queue says of attempts that were claimed before this start."""
@@ -311,7 +315,7 @@ class WorkerPullLoop(Loop):
 
     def gpus_sampled(self) -> None:
         """The GPUs have been looked at: tells the leader if what is free of them is something else than was told."""
-        if self._taken_up and _differ(self.workplace.free().gpus, self._told_gpus):
+        if self._in_touch and _differ(self.workplace.free().gpus, self._told_gpus):
             try:
                 self._tell_room()
             except Refused as error:
@@ -319,7 +323,7 @@ class WorkerPullLoop(Loop):
 
     def known_attempts(self) -> frozenset[Key] | None:
         """All attempts of this node that have not ended; None while that is not known."""
-        if not self._taken_up:
+        if not self._in_touch:
             return None
         return frozenset(key for key, job in self.workplace.jobs.items() if not job.ended)
 

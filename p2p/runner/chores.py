@@ -1,12 +1,14 @@
 """Work that goes on beside the daemon's messages: log caps, samples, orphans, and a round for what went missing.
 
-All of it may block on /proc or on a slow disk, so it happens on one thread of its own; what it finds is acted on in the
-event loop.  A defect in one chore must not cost the node its jobs: it is logged, and that chore begins again.
+All of it may block on /proc or on a slow disk, so it happens on threads of their own, one for the log caps, which are
+a race with the writer, and one for the rest; what they find is acted on in the event loop.  A defect in one chore must
+not cost the node its jobs: it is logged, and that chore begins again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +18,16 @@ from typing import Any
 
 from p2p.runner import activity
 from p2p.runner.attempts import Attempt
+from p2p.runner.logs import LEAST_SECONDS
 from p2p.runner.orphans import Orphans
 from p2p.runner.protocol import ProtocolError
 from p2p.runner.session import Session
 from p2p.runner.supervisor import Supervisor
 
-LOG_LOOK_SECONDS = 0.05
-LOG_LOOKS_AT_ONCE = 256  # attempts looked at per look: a thousand quiet jobs cost no more than this
+LOG_TURN_SECONDS = 0.05  # which attempts are looked at is decided this often
+LOG_LOOKS_AT_ONCE = 256  # attempts looked at per turn: a thousand quiet jobs cost no more than this
+LOG_LOOK_SECONDS = 0.01  # between looks at a quiet file, if there are few
+LOG_LOOK_EACH_SECONDS = 0.001  # …and longer with more: a look costs a hundredth of this
 ORPHAN_LOOK_SECONDS = 0.05
 ROUND_SECONDS = 1.0
 MAX_WAITING_SAMPLES = 100
@@ -36,6 +41,7 @@ class Chores:
         self._orphans = orphans
         self._log = log
         self._thread = ThreadPoolExecutor(1, "observer")
+        self._log_thread = ThreadPoolExecutor(1, "logs")
         self._samples: asyncio.Queue[tuple[Session, Any]] = asyncio.Queue(MAX_WAITING_SAMPLES)
 
     async def keep(self, chore: Callable[[], Awaitable[None]]) -> None:
@@ -48,7 +54,8 @@ class Chores:
                 await asyncio.sleep(ROUND_SECONDS)
 
     async def cap_logs(self) -> None:
-        """A look takes at most so many attempts, in turn; with few of them each is looked at every time."""
+        """A turn takes at most so many attempts; with few of them each is looked at in every turn."""
+        loop = asyncio.get_running_loop()
         position = 0
         while True:
             running = self._supervisor.running()
@@ -59,8 +66,7 @@ class Chores:
                 self._supervisor.busy.clear()
                 await self._supervisor.busy.wait()
                 continue
-            await self._observe(partial(_enforce, some))
-            await asyncio.sleep(LOG_LOOK_SECONDS)
+            await loop.run_in_executor(self._log_thread, _cap_for_a_turn, some)
 
     async def end_orphans(self) -> None:
         while not self._orphans.done:
@@ -99,7 +105,14 @@ class Chores:
         return await asyncio.get_running_loop().run_in_executor(self._thread, look)
 
 
-def _enforce(attempts: list[Attempt]) -> None:
-    for attempt in attempts:
-        if (logs := attempt.logs) is not None:
-            logs.enforce()
+def _cap_for_a_turn(attempts: list[Attempt]) -> None:
+    """Looks at all of them now and then, and at those that grow fast as often as they need, until the turn is over."""
+    quiet = min(max(LOG_LOOK_SECONDS, LOG_LOOK_EACH_SECONDS * len(attempts)), LOG_TURN_SECONDS)
+    now = time.monotonic()
+    end, due = now + LOG_TURN_SECONDS, {attempt.key: now for attempt in attempts}
+    while now < end:
+        for attempt in attempts:
+            if due[attempt.key] <= now and (logs := attempt.logs) is not None:
+                due[attempt.key] = now + min(logs.enforce(), quiet)
+        time.sleep(max(min(*due.values(), end) - time.monotonic(), LEAST_SECONDS))
+        now = time.monotonic()

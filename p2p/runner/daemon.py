@@ -40,7 +40,7 @@ class Daemon:
 
     def __init__(self, directory: Path, store: Store) -> None:
         self._directory = directory
-        self._own_log = StreamCap(str(directory / LOG_NAME), OWN_LOG_BYTES)
+        self._own_log = StreamCap(str(directory / LOG_NAME), OWN_LOG_BYTES, holes=False)
         self._store = store
         self._store_thread = ThreadPoolExecutor(1, "store")
         self._recorder = Recorder(store=store, thread=self._store_thread, consequences=self, log=self.log)

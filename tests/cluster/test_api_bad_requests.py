@@ -359,6 +359,8 @@ PATHS = [
     get("logs-tail", "tail", "whole number", f"/jobs/{NO_JOB}/logs?tail=-5"),
     get("logs-tail-huge", "tail", "whole number", f"/jobs/{NO_JOB}/logs?tail={'9' * 400}"),
     get("logs-attempt", "attempt", "whole number", f"/jobs/{NO_JOB}/logs?attempt=0"),
+    get("logs-offset-huge", "offset", "whole number", f"/jobs/{NO_JOB}/logs?offset={'9' * 400}"),
+    get("logs-twice", "limit", "more than once", f"/jobs/{NO_JOB}/logs?limit=1&limit=2"),
     get("list-state", "state", "must be one of waiting, pending", "/jobs?state=done"),
     get("list-kind", "kind", "did you mean", "/jobs?kind=selfpaly"),
     get("list-limit-zero", "limit", "1 to 1000", "/jobs?limit=0"),

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.cluster.crashes import job_processes
+from tests.logs import NUMBERS, Reader, numbered
 from tests.nodes import ClusterProcesses, NodeProcess, wait_until
 
 SETTINGS = {"cluster": {"young_steady_seconds": 0.3}, "queue": {"lease_seconds": 6}}
@@ -195,12 +196,85 @@ def test_logs_are_read_through_every_node(cluster: ClusterProcesses, tmp_path: P
         assert node.request("GET", f"/jobs/{job}/logs?attempt=9")[0] == 404
 
 
+@pytest.mark.parametrize("where", ["n1", HIDDEN])
+def test_a_place_in_a_log_is_told_alike_by_every_node(cluster: ClusterProcesses, tmp_path: Path, where: str) -> None:
+    at = cluster[where]
+    script = "printf 0123456789; echo away >&2"
+    job = at.submit(command=["sh", "-c", script], requires={"cpus": 0.1, "labels": {"at": at.node_id}})
+    at.wait_for(job, "completed")
+    for node in cluster.all:
+        wait_until(lambda node=node: node.request("GET", f"/jobs/{job}/logs")[0] == 200)  # until it knows every member
+        status, headers, body = node.exchange("GET", f"/jobs/{job}/logs", headers={"Range": "bytes=2-4"})
+        assert (status, headers["content-range"], str(body)) == (206, "bytes 2-4/10", "234"), node
+        status, headers, body = node.exchange("GET", f"/jobs/{job}/logs?offset=7&limit=2&attempt=1")
+        assert (status, headers["x-p2p-log-offset"], headers["x-p2p-log-size"], str(body)) == (200, "7", "10", "78")
+        assert headers["x-p2p-node"] == where
+        status, headers, told = node.exchange("GET", f"/jobs/{job}/logs?offset=11")
+        assert (status, told["field"], headers["content-range"]) == (416, "offset", "bytes */10")
+        status, headers, _ = node.exchange("HEAD", f"/jobs/{job}/logs?node={where}&stream=stderr", raw=b"")
+        assert (status, headers["x-p2p-log-size"]) == (200, "5")
+        other = next(name for name in cluster.nodes if name != where)
+        assert node.request("GET", f"/jobs/{job}/logs?node={other}")[0] == 404, "that one has none of it"
+
+
+@pytest.mark.parametrize("where", ["n1", HIDDEN])
+def test_a_log_is_read_on_when_the_node_that_has_it_is_back(
+    cluster: ClusterProcesses, tmp_path: Path, where: str
+) -> None:
+    """While its orchestrator is away the job writes on, and whoever asks is told 503, when to ask again, and of whom;
+    then nothing is missing and nothing comes twice."""
+    at = cluster[where]
+    through = next(node for node in cluster.followers() if node is not at and node.node_id != HIDDEN)
+    gate = tmp_path / "gate"
+    job = at.submit(
+        command=["python", "-c", NUMBERS, str(gate), "10", "0.01"],
+        requires={"cpus": 0.1, "labels": {"at": at.node_id}},
+        max_attempts=1,
+    )
+    at.wait_for(job, "running")
+    reader = Reader(through, job)
+    pieces = reader.pieces(follow=1)
+    next(pieces)
+    at.kill()
+    with pytest.raises((http.client.HTTPException, OSError)):
+        for piece in pieces:
+            assert piece == numbered(reader.at, reader.at + len(piece))
+    status, headers, told = through.exchange("GET", f"/jobs/{job}/logs?offset={reader.at}")
+    assert (status, told["field"]) == (503, "node")
+    assert f"node {where} cannot be asked now" in told["detail"] and int(headers["retry-after"]) >= 1
+    before = reader.at
+    at.start()
+    for offset, piece in reader.all():
+        assert piece == numbered(offset, offset + len(piece))
+        if reader.at > before + 5_000:
+            gate.touch()
+    record = through.wait_for(job, "completed")
+    assert (record["attempt"], reader.skipped) == (1, 0)
+    size = int(through.exchange("HEAD", f"/jobs/{job}/logs", raw=b"")[1]["x-p2p-log-size"])
+    assert reader.at == size
+
+
 def test_a_cancel_reaches_a_worker_that_nobody_can_dial(cluster: ClusterProcesses, tmp_path: Path) -> None:
     at = cluster[HIDDEN]
     job = cluster["n2"].submit(**gated(tmp_path / "gate", tmp_path / "ledger", at, grace_seconds=1))
     at.wait_for(job, "running")
     assert cluster["n3"].request("POST", f"/jobs/{job}/cancel")[0] == 200
     wait_until(lambda: not job_processes(at, job))
+
+
+def test_a_node_that_nobody_can_dial_is_let_in_again_right_after_it_was_killed(cluster: ClusterProcesses) -> None:
+    """Its anchors still take its earlier life for living, and the node once ended for the sake of that."""
+    hidden = cluster[HIDDEN]
+    for _ in range(3):
+        hidden.kill()
+        hidden.start()
+        for node in cluster.all:
+            wait_until(lambda node=node: node.request("GET", "/nodes")[1]["nodes"][HIDDEN]["state"] == "alive")
+        job = hidden.submit(command=["true"], requires={"cpus": 0.1, "labels": {"at": HIDDEN}})
+        assert cluster["n2"].wait_for(job, "completed")["worker"] == HIDDEN
+        for node in cluster.all:
+            wait_until(lambda node=node, job=job: node.request("GET", f"/jobs/{job}/logs")[0] == 200)
+    assert hidden.running
 
 
 def test_every_node_shows_every_node(cluster: ClusterProcesses) -> None:

@@ -61,7 +61,7 @@ class Box:
             self.place, folder / "runner", WorkerSettings(), heartbeat_seconds=5, lease_seconds=30,
         )  # fmt: skip
         self.worker.runner = self.runner  # type: ignore[assignment]
-        self.worker._taken_up = True
+        self.worker._in_touch = True
         self.loop = GpuWatchLoop(
             self.worker, lambda: self.reading, self.alerts, lambda: 1_000, policy=policy, interval_seconds=3_600
         )
@@ -233,12 +233,12 @@ async def test_nothing_is_left_over_before_it_is_known_what_runs(box: Box, proce
     """After a start the workplace is empty until the runner has told, and every running job looks like an ended one."""
     process = processes.start(MILD, **marks(box, "runs-from-before"))
     box.hold(holding(process))
-    box.worker._taken_up = False
+    box.worker._in_touch = False
     for _ in range(10):
         await box.loop.run_once()
         await asyncio.sleep(0.02)
     assert process.poll() is None
-    box.worker._taken_up = True
+    box.worker._in_touch = True
     await turns(box, lambda: process.poll() is not None)
 
 
