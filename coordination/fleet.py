@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from coordination.placement import Need, Node, Scoring
+from coordination.placement import Need, Node, Scoring, without_hints
 
 MAX_RANKS = 2_048  # needs remembered; the one longest unused goes
 
@@ -107,7 +107,7 @@ class Fleet:
         None if no node could ever serve it, even without."""
         if need in self._could:
             return self._could[need]
-        found = next((variant for variant in need.without_hints() if self._any_admits(variant)), None)
+        found = next((variant for variant in without_hints(need) if self._any_admits(variant)), None)
         if not need.disk_mb:  # what a node has of disk moves all the time
             if len(self._could) >= 4 * MAX_RANKS:
                 self._could.clear()
@@ -162,7 +162,11 @@ class Fleet:
                 self._score(rank, node)
         return None
 
-    def candidates(self, need: Need) -> Iterator[Candidate]:
+    def score(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+        """What serving the need there costs, and by which of these GPUs."""
+        return self._scoring.cost(need, node, free)
+
+    def candidates(self, need: Need) -> Generator[Candidate, None, None]:
         """The open nodes that fit now, best first. What is taken from them must wait until the iterator is closed."""
         rank = self._rank(need)
         if rank.changed:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from coordination import commands as c
 from coordination.lane import lane_key
 from coordination.leases import Held, LeaseTable
+from coordination.occupancy import NEVER, Running
 from coordination.placement import Need, Offer, need_of
-from coordination.planner import NEVER, Assignment, Lane, Plan, Planner, Running
+from coordination.planner import Assignment, Lane, Plan, Planner
 from coordination.queue_reads import HeldRow
 from coordination.queue_state import ChangedLanes, Claimed, ReadyLane
 
@@ -211,10 +212,11 @@ class Matching:
             self._set_lane(lane)
         for entry in [entry for entries in self._parked.values() for entry in entries if entry.gone()]:
             self._dismiss_one(entry)
-        everything = self._all or bool(self._stale)
-        self._all = False
+        thorough, self._all = self._all, False
+        everything = thorough or bool(self._stale)
         self._set_nodes()
-        plan = self.planner.plan(self._mono_ms(), None if everything else [lane.shape for lane in changed])
+        lanes = None if everything else [lane.shape for lane in changed]
+        plan = self.planner.plan(self._mono_ms(), lanes, thorough=thorough)
         self._carry_out(plan)
 
     def _dismiss(self, waiting: list[Parked]) -> None:
@@ -252,8 +254,7 @@ class Matching:
             if worker in self.barred:
                 self.planner.remove_node(worker)
             else:
-                places = room.max_jobs if worker in self._parked else 0
-                self.planner.set_node(room.free, room.total, places)
+                self.planner.set_node(room.free, room.total, room.max_jobs, waits=worker in self._parked)
         self._stale.clear()
 
     def forget(self, worker: str) -> None:
@@ -306,29 +307,34 @@ class Matching:
         ]
         told: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         failed: dict[str, BaseException] = {}
+        answers: list[Any] = []
         try:
             answers = await asyncio.gather(*map(self._propose, commands), return_exceptions=True)
         finally:
-            planner.spoken_for.difference_update(assignment.seq for assignment in assignments)
-        for (worker, picks), answer in zip(single.items(), answers, strict=False):
-            if isinstance(answer, BaseException):
-                failed[worker] = answer
-                continue
-            for claimed in answer:
-                pick = next(pick for pick in picks if pick.seq == claimed.seq)
-                told[worker].append(self._told(claimed, pick, 0))
-        for gang, answer in zip(gangs, answers[len(single) :], strict=True):
-            for rank, (worker, _) in enumerate(gang.members):
+            claimed: dict[int, Claimed] = {}
+            for (worker, _), answer in zip(single.items(), answers, strict=False):
                 if isinstance(answer, BaseException):
                     failed[worker] = answer
+                else:
+                    claimed.update((job.seq, job) for job in answer)
+            for gang, answer in zip(gangs, answers[len(single) :], strict=False):
+                if isinstance(answer, BaseException):
+                    failed.update((worker, answer) for worker, _ in gang.members)
                 elif answer is not None:
-                    told[worker].append(self._told(answer, gang, rank))
+                    claimed[gang.seq] = answer
+            for assignment in assignments:
+                began: list[Running] = []
+                for rank, (worker, _) in enumerate(assignment.members):
+                    if assignment.seq in claimed:
+                        told[worker].append(self._told(claimed[assignment.seq], assignment, rank, began))
+                planner.settled(assignment, began, self._mono_ms())
         for worker, entry in entries.items():
             self._answer(entry, told[worker], failed.get(worker))
         self.wake()
 
-    def _told(self, claimed: Claimed, decision: Assignment, rank: int) -> dict[str, Any]:
-        """A claimed job as it travels to its worker; from now on it counts as running there."""
+    def _told(self, claimed: Claimed, decision: Assignment, rank: int, began: list[Running]) -> dict[str, Any]:
+        """A claimed job as it travels to its worker, and, if it is still the job's newest attempt, among what `began`
+        there."""
         worker, gpus = decision.members[rank]
         job = for_worker(claimed, gpus)
         if len(decision.members) > 1:
@@ -354,7 +360,7 @@ class Matching:
                 ends_ms=now + limit if claimed.timeout_ms else NEVER,
                 grace_ms=held.grace_ms,
             )
-            self.planner.began(attempt, now)
+            began.append(attempt)
         return job
 
     def _answer(self, entry: Parked, jobs: list[dict[str, Any]], error: BaseException | None) -> None:

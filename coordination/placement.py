@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 WHOLE = 1000  # thousandths of one GPU, and of one core
 MAX_KNOWN_NEEDS = 32_768
+MAX_ADMITTED = 4_096  # needs that a node remembers whether it could ever serve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,13 +95,6 @@ class Need:
         """GPU time it takes of one node, in thousandths of a GPU."""
         return self.gpus * self.share
 
-    def without_hints(self) -> list[Need]:
-        """This need, then with fewer and fewer of the hints of failed attempts, for when no node could satisfy them."""
-        if not self.avoid and not self.gpu_memory_above_mb:
-            return [self]
-        larger, elsewhere = replace(self, avoid=frozenset()), replace(self, gpu_memory_above_mb=0)
-        return [self, larger, elsewhere, replace(larger, gpu_memory_above_mb=0)]
-
 
 def compile_need(shape: Mapping[str, Any]) -> Need:
     """A need from requirements with `with_defaults` in place."""
@@ -130,6 +124,15 @@ def compile_need(shape: Mapping[str, Any]) -> Need:
 def need_of(requires: str) -> Need:
     """The need of a shape's canonical JSON; the same object for the same text while it is remembered."""
     return compile_need(read_shape(requires))
+
+
+@lru_cache(maxsize=MAX_KNOWN_NEEDS)
+def without_hints(need: Need) -> tuple[Need, ...]:
+    """The need, then with fewer and fewer of the hints of failed attempts, for when no node could satisfy them."""
+    if not need.avoid and not need.gpu_memory_above_mb:
+        return (need,)
+    larger, elsewhere = replace(need, avoid=frozenset()), replace(need, gpu_memory_above_mb=0)
+    return (need, larger, elsewhere, replace(larger, gpu_memory_above_mb=0))
 
 
 def _up(value: float) -> int:
@@ -250,7 +253,7 @@ class Node:
         try:
             return self._admitted[need]
         except KeyError:
-            if len(self._admitted) >= MAX_KNOWN_NEEDS:
+            if len(self._admitted) >= MAX_ADMITTED:
                 self._admitted.clear()
             found = self._admitted[need] = self._admit(need)
             return found

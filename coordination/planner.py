@@ -7,33 +7,35 @@ nodes, never jobs. A round takes the lanes' heads in order:
     in it, kinds below their floor before the others
     then the higher priority, then first come first served
 
-and gives each the best node that is open to it (`coordination.fleet`). A head that fits nowhere now gets a reservation:
-the node (for a gang: nodes) where it will fit soonest, told by the time limits of what runs there. What comes later in
-the order may use a reserved node only if that cannot make the reserved job later: it ends in time, or what is reserved
-fits beside it. This is EASY backfilling (Lifka, JSSPP 1995) with several reservations, and with time limits that are
-enforced instead of guessed. Where limits are missing the time is unknown, and only the second way is left.
+and gives each the best node that is open to it (`coordination.fleet`). A head that fits nowhere now has room kept for
+it where it will fit soonest (`coordination.reservations`); others use that room only if that cannot make it later. So
+the least served group, and in it the kind below its floor, waits for what runs to end and never for what comes after
+it. Only who is more important and comes first in the order too may pass, and never a kind below its floor.
 
 A head of much higher priority than what runs may have it stopped (`Preemption`): fewest and least important first, on
-one node (of each rank), and its reservation keeps the room for it. The victims are asked by SIGTERM, have their grace,
-keep their checkpoints and lose no attempt; that is the dispatcher's and the worker's business.
+one node (of each rank), and the room is kept for it. Nobody is stopped for a group that has had more than his, nor of a
+kind below its floor: else these rules would start work and that one end it, for ever. The victims are asked by SIGTERM,
+have their grace, keep their checkpoints and lose no attempt; that is the dispatcher's and the worker's business.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from coordination.fleet import Candidate, Fleet
 from coordination.lane import Head
-from coordination.placement import Need, Node, Offer
+from coordination.occupancy import NEVER, Occupancy, Running
+from coordination.placement import WHOLE, Need, Node, Offer
+from coordination.reservations import Reservation, Reservations
 from coordination.shares import Shares
 
 MAX_RESERVATIONS = 8
-NEVER = 1 << 62
-LOOK_AGAIN_MS = 1_000
+LOOK_AGAIN_MS = 1_000  # between two looks at all nodes for the same lane
+MAX_LOOKS = 8  # at all nodes, in one round
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,25 +55,6 @@ class Lane:
     count: int = 0
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Running:
-    """An attempt on one node. `ends_ms` is when its limits will have ended it (NEVER: nothing will)."""
-
-    job: str
-    attempt: int
-    node: str
-    need: Need
-    gpus: tuple[str, ...] = ()
-    group: str = "default"
-    kind: str = "command"
-    priority: int = 0
-    preemptible: bool = True
-    started_ms: int = 0
-    ends_ms: int = NEVER
-    grace_ms: int = 0  # between SIGTERM and SIGKILL
-    stopping: bool = False  # it has been asked to make way
-
-
 class Assignment(NamedTuple):
     """A decision: this job goes to these nodes, to these GPUs (uuids) of each. More than one node: a gang, by rank."""
 
@@ -88,19 +71,6 @@ class Preemption(NamedTuple):
     victims: tuple[Running, ...]
 
 
-@dataclass(slots=True)
-class Reservation:
-    """Room kept for the head of a lane. `awaited`: what still runs on the nodes and must end first."""
-
-    lane: int
-    seq: int
-    need: Need
-    nodes: tuple[str, ...]
-    until_ms: int  # when it will fit at the latest; NEVER: nobody knows
-    awaited: set[Running]
-    preempts: bool = False
-
-
 class Plan(NamedTuple):
     assignments: list[Assignment]
     preemptions: list[Preemption]
@@ -115,17 +85,36 @@ class PlanPolicy:
     reservations: int = MAX_RESERVATIONS
 
 
-Key = tuple[float, int, int, int]
+Key = tuple[float, bool, int, int]
 
 
 @dataclass(slots=True)
 class _Round:
-    """What one round has given away so far, which the shares do not show yet."""
-
     now: int
-    groups: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    kinds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    below: set[str] = field(default_factory=set)
+    below: set[str]  # kinds below their floor
+    plan: Plan
+    looks: int = MAX_LOOKS
+
+
+@dataclass(slots=True)
+class _Blocked:
+    """A lane whose head fits nowhere now."""
+
+    seq: int
+    since_ms: int
+    again_ms: int = 0  # when room for it is looked for again
+
+
+class _Victims(NamedTuple):
+    """Whom to stop on one node. The least is the best."""
+
+    worst: int  # the highest priority among them
+    many: int
+    lost_ms: int  # their running time
+    node: str
+    stopped: list[Running]
+    awaited: list[Running]  # and those that have been asked to stop before
+    later: Node  # as it will be then
 
 
 class Planner:
@@ -134,72 +123,62 @@ class Planner:
     def __init__(self, fleet: Fleet, shares: Shares, policy: PlanPolicy | None = None) -> None:
         self.fleet, self.shares, self.policy = fleet, shares, policy or PlanPolicy()
         self.lanes: dict[int, Lane] = {}
-        self.places: dict[str, int] = {}  # how many more jobs an open node takes, whatever they need
-        self.running: dict[str, dict[str, Running]] = {}  # node -> job -> attempt
-        self.reservations: dict[int, Reservation] = {}  # by lane
+        self.places: dict[str, int] = {}  # how many more jobs a node takes, whatever they need
         self.spoken_for: set[int] = set()  # jobs of a decision under way
-        self._reserved_on: defaultdict[str, list[Reservation]] = defaultdict(list)
-        self._blocked_since: dict[int, tuple[int, int]] = {}  # lane -> (its head, since when)
+        self.occupancy = Occupancy()
+        self.kept = Reservations(fleet, self.occupancy, self.places)
+        self._blocked: dict[int, _Blocked] = {}
         self._totals: tuple[int, int, int] = (0, 0, 0)
         self._part: dict[Need, float] = {}
-        self._ledgers: dict[str, tuple[Offer, Node]] = {}  # what a node has in all, and what `running` leaves of it
-        self._try_again: dict[int, int] = {}  # lane -> when a reservation for it is looked for again
+
+    @property
+    def running(self) -> dict[str, dict[str, Running]]:
+        """Node -> job -> attempt."""
+        return self.occupancy.running
+
+    @property
+    def reservations(self) -> dict[int, Reservation]:
+        """By lane."""
+        return self.kept.by_lane
 
     # -- nodes ----------------------------------------------------------------------------------------------------
 
-    def set_node(self, free: Offer, total: Offer | None, places: int) -> None:
-        """The node says that it has so much free, and takes up to so many jobs more.
-
-        If it has also said what it has in `total`, no more is believed to be free than what `running` leaves of that:
-        what was given to it a moment ago may not be in its own sums yet, what it has not ended yet is not in ours.
-        """
+    def set_node(self, free: Offer, total: Offer | None, places: int, *, waits: bool = True) -> None:
+        """The node says that it has so much free, and takes up to so many jobs more; `waits` if it may be given them
+        now. No more is believed to be free than what is known to run leaves of `total` (`coordination.occupancy`)."""
         node = Node.of(free, total)
-        if total is not None:
-            self._less_what_runs(node, total)
-        for attempt in self.running.get(node.name, {}).values():
-            if attempt.need.anti_affinity is not None:
-                node.tags[attempt.need.anti_affinity] = node.tags.get(attempt.need.anti_affinity, 0) + 1
+        self.occupancy.limit(node, total)
         known = self.fleet.nodes.get(node.name)
         if self.fleet.put(node) is not known:
+            self._drop_kept_on(node.name)
             self._count_totals()
-        self.places[node.name] = places
-        self.fleet.set_open(node.name, places > 0)
-
-    def _less_what_runs(self, node: Node, total: Offer) -> None:
-        left = self._ledgers.get(node.name)
-        if left is None or left[0] != total:
-            whole = Node.of(total)
-            for attempt in self.running.get(node.name, {}).values():
-                whole.take(attempt.need, whole.numbers(attempt.gpus))
-            left = self._ledgers[node.name] = (total, whole)
-        ledger = left[1]
-        node.cpu_milli = min(node.cpu_milli, ledger.cpu_milli)
-        node.memory_mb = min(node.memory_mb, ledger.memory_mb)
-        node.disk_mb = min(node.disk_mb, ledger.disk_mb)
-        for mine, its in zip(node.gpus, ledger.gpus, strict=True):
-            mine.share, mine.memory_mb = min(mine.share, its.share), min(mine.memory_mb, its.memory_mb)
+        told = sum(1 for attempt in self.occupancy.on(node.name) if not attempt.attempt)  # it has not heard of these
+        self.places[node.name] = places - told
+        self.fleet.set_open(node.name, waits and places > told)
 
     def close(self, name: str) -> None:
         """Gives it nothing until it is set again."""
-        self.places[name] = 0
         self.fleet.set_open(name, False)
 
     def remove_node(self, name: str) -> None:
-        """It is gone, or must get no work: its reservations are made elsewhere."""
+        """It is gone, or must get no work: room that was kept on it is looked for elsewhere."""
         if name in self.fleet.nodes:
+            self._drop_kept_on(name)
             self.fleet.remove(name)
             self.places.pop(name, None)
-            self._ledgers.pop(name, None)
+            self.occupancy.forget(name)
             self._count_totals()
-        for kept in list(self._reserved_on.get(name, ())):
-            self._unreserve(kept.lane)
+
+    def _drop_kept_on(self, name: str) -> None:
+        for kept in list(self.kept.on.get(name, ())):
+            self.kept.drop(kept.lane)
 
     def _count_totals(self) -> None:
         nodes = self.fleet.nodes.values()
         self._totals = (
             sum(node.total_cpu_milli for node in nodes),
             sum(node.total_memory_mb for node in nodes),
-            sum(len(node.gpus) for node in nodes) * 1000,
+            sum(len(node.gpus) for node in nodes) * WHOLE,
         )
         self._part.clear()
 
@@ -209,7 +188,7 @@ class Planner:
         if part is None:
             asked = (need.cpu_milli, need.memory_mb, need.gpu_milli)
             parts = [mine / total for mine, total in zip(asked, self._totals, strict=True) if total > 0]
-            part = self._part[need] = max(*parts, 0.0) if parts else 0.0
+            part = self._part[need] = max(parts, default=0.0)
         return part
 
     # -- what runs ------------------------------------------------------------------------------------------------
@@ -217,38 +196,40 @@ class Planner:
     def began(self, attempt: Running, now: int) -> None:
         """An attempt was given to a node."""
         self.ended(attempt.job, attempt.node, now)
-        self.running.setdefault(attempt.node, {})[attempt.job] = attempt
-        if attempt.node in self._ledgers:
-            ledger = self._ledgers[attempt.node][1]
-            ledger.take(attempt.need, ledger.numbers(attempt.gpus))
-        self.shares.add(attempt.group, attempt.kind, self.part_of_all(attempt.need), now)
+        self.occupancy.add(attempt)
+        attempt.part = self.part_of_all(attempt.need)
+        self.shares.add(attempt.group, attempt.kind, attempt.part, now)
 
     def ended(self, job: str, node: str, now: int) -> None:
         """It is over there. What it held is free once its node says so (`set_node`)."""
-        mine = self.running.get(node, {})
-        attempt = mine.pop(job, None)
-        if attempt is None:
-            return
-        if not mine:
-            del self.running[node]
-        if node in self._ledgers:
-            ledger = self._ledgers[node][1]
-            ledger.give(attempt.need, ledger.numbers(attempt.gpus))
-        self.shares.add(attempt.group, attempt.kind, -self.part_of_all(attempt.need), now)
-        for kept in self._reserved_on.get(node, ()):
-            kept.awaited.discard(attempt)
+        attempt = self.occupancy.remove(job, node)
+        if attempt is not None:
+            self.shares.add(attempt.group, attempt.kind, -attempt.part, now)
+            self.kept.ended(attempt)
+
+    def settled(self, decision: Assignment, attempts: Iterable[Running], now: int) -> None:
+        """The decision is not under way any more; these are the attempts that came of it."""
+        self.spoken_for.discard(decision.seq)
+        began = {attempt.node: attempt for attempt in attempts}
+        for node, _ in decision.members:
+            standing = self.running.get(node, {}).get(_under_way(decision.seq))
+            if standing is not None and node in began:
+                self.kept.replaced(standing, began[node])
+            self.ended(_under_way(decision.seq), node, now)
+        for attempt in began.values():
+            self.began(attempt, now)
 
     # -- lanes ----------------------------------------------------------------------------------------------------
 
     def set_lane(self, lane: Lane) -> None:
         """These are the lane's first jobs now; without any it is gone."""
+        known = self.lanes.get(lane.number)
+        if not lane.heads or (known is not None and known.need is not lane.need):  # its number may be another's now
+            self.lanes.pop(lane.number, None)
+            self._blocked.pop(lane.number, None)
+            self.kept.drop(lane.number)
         if lane.heads:
             self.lanes[lane.number] = lane
-            return
-        self.lanes.pop(lane.number, None)
-        self._blocked_since.pop(lane.number, None)
-        self._try_again.pop(lane.number, None)
-        self._unreserve(lane.number)
 
     def _head(self, lane: Lane) -> Head | None:
         for head in lane.heads:
@@ -257,25 +238,25 @@ class Planner:
         return None
 
     def _key(self, lane: Lane, head: Head, this: _Round) -> Key:
-        share = self.shares.of_group(lane.group, this.now, this.groups[lane.group])
-        return (share, lane.kind not in this.below, -head.priority, head.seq)
+        return (self.shares.of_group(lane.group, this.now), lane.kind not in this.below, -head.priority, head.seq)
+
+    def _below(self, now: int) -> set[str]:
+        return self.shares.kinds_below_floor({lane.kind for lane in self.lanes.values()}, now)
 
     # -- a round --------------------------------------------------------------------------------------------------
 
-    def plan(self, now: int, lanes: Iterable[int] | None = None) -> Plan:
+    def plan(self, now: int, lanes: Iterable[int] | None = None, *, thorough: bool = True) -> Plan:
         """Decides for these lanes (all, if none are named) what can be decided now. What is assigned is spoken for, and
-        taken from its nodes; the caller journals it."""
-        this = _Round(now)
-        chosen = self.lanes.values() if lanes is None else [self.lanes[n] for n in lanes if n in self.lanes]
-        this.below = self.shares.kinds_below_floor({lane.kind for lane in self.lanes.values()}, now, {})
+        taken from its nodes, until it is `settled`. `thorough`: room is kept and work is stopped even if nobody waits
+        for work."""
+        this = _Round(now, self._below(now), Plan([], []))
         queue = []
-        for lane in chosen:
+        for lane in self.lanes.values() if lanes is None else [self.lanes[n] for n in lanes if n in self.lanes]:
             head = self._head(lane)
             if head is not None:
                 queue.append((self._key(lane, head, this), lane.number))
         heapq.heapify(queue)
-        plan = Plan([], [])
-        while queue and (self.fleet.open or len(self.reservations) < self.policy.reservations):
+        while queue and (thorough or self.fleet.open):
             key, number = heapq.heappop(queue)
             lane = self.lanes[number]
             head = self._head(lane)
@@ -285,209 +266,218 @@ class Planner:
             if fresh > key:  # its group has been served since
                 heapq.heappush(queue, (fresh, number))
                 continue
-            members = self._find(lane, fresh, this)
+            members = self._find(lane, head, fresh, this)
             if members is None:
-                self._blocked(lane, head, this, plan)
+                self._is_blocked(lane, head, this)
                 continue
-            plan.assignments.append(self._assign(lane, head, members, this))
+            this.plan.assignments.append(self._assign(lane, head, members, this))
             following = self._head(lane)
             if following is not None:
                 heapq.heappush(queue, (self._key(lane, following, this), number))
-        return plan
+        return this.plan
+
+    def _find(self, lane: Lane, head: Head, key: Key, this: _Round) -> list[Candidate] | None:
+        """The best open node, or as many as a gang needs, that this lane may use now."""
+        need = lane.need
+        if need.nodes == 1 and not self.kept.on:
+            best = self.fleet.best(need)
+            return None if best is None else [best]
+        wanted = self.fleet.could(need) or need
+        over = this.now + lane.bound_ms if lane.bound_ms else NEVER
+
+        def passes(kept: Reservation) -> bool:
+            return self._passes(head, key, kept, this)
+
+        found: list[Candidate] = []
+        with closing(self.fleet.candidates(need)) as candidates:
+            for candidate in candidates:
+                usable = self.kept.usable(candidate, wanted, lane.number, over, passes)
+                if usable is not None:
+                    found.append(usable)
+                    if len(found) == need.nodes:
+                        return found
+        return None
+
+    def _passes(self, head: Head, key: Key, kept: Reservation, this: _Round) -> bool:
+        """Whether a job need not care about the room that is kept for another."""
+        other = self.lanes.get(kept.lane)
+        theirs = self._head(other) if other is not None else None
+        if other is None or theirs is None:
+            return True
+        if kept.preempts or other.kind in this.below or head.priority <= theirs.priority:
+            return False
+        return key < self._key(other, theirs, this)
 
     def _assign(self, lane: Lane, head: Head, members: list[Candidate], this: _Round) -> Assignment:
-        told = []
+        told, attempts = [], []
         for member in members:
-            node = self.fleet.nodes[member.name]
-            told.append((member.name, node.uuids(member.gpus)))
+            gpus = self.fleet.nodes[member.name].uuids(member.gpus)
+            told.append((member.name, gpus))
             self.fleet.take(lane.need, member.name, member.gpus)
             self.places[member.name] -= 1
             if self.places[member.name] <= 0:
                 self.fleet.set_open(member.name, False)
-        part = self.part_of_all(lane.need) * len(members)
-        this.groups[lane.group] += part
-        this.kinds[lane.kind] += part
+            attempts.append(
+                Running(
+                    job=_under_way(head.seq),
+                    attempt=0,
+                    node=member.name,
+                    need=lane.need,
+                    gpus=gpus,
+                    group=lane.group,
+                    kind=lane.kind,
+                    priority=head.priority,
+                    preemptible=False,
+                    started_ms=this.now,
+                    ends_ms=this.now + lane.bound_ms if lane.bound_ms else NEVER,
+                )
+            )
+        for attempt in attempts:
+            self.began(attempt, this.now)
         if lane.kind in this.below:
-            this.below = self.shares.kinds_below_floor(this.below, this.now, this.kinds)
+            this.below = self._below(this.now)
         self.spoken_for.add(head.seq)
-        self._unreserve(lane.number)
-        self._blocked_since.pop(lane.number, None)
+        self.kept.started(lane.number, attempts)
+        self._blocked.pop(lane.number, None)
         return Assignment(head.seq, lane.number, tuple(told))
 
-    def _find(self, lane: Lane, key: Key, this: _Round) -> list[Candidate] | None:
-        """The best open node, or as many as a gang needs, that this lane may use now."""
-        need = lane.need
-        if need.nodes == 1 and not self._reserved_on:
-            best = self.fleet.best(need)
-            return None if best is None else [best]
-        found: list[Candidate] = []
-        candidates = self.fleet.candidates(need)
-        try:
-            for candidate in candidates:
-                if self._may_use(lane, key, candidate, this):
-                    found.append(candidate)
-                    if len(found) == need.nodes:
-                        return found
-        finally:
-            candidates.close()  # type: ignore[attr-defined]  # a generator puts back what it has shown
-        return None
+    # -- room and preemption ----------------------------------------------------------------------------------------
 
-    # -- reservations -----------------------------------------------------------------------------------------------
-
-    def _may_use(self, lane: Lane, key: Key, candidate: Candidate, this: _Round) -> bool:
-        """Whether taking this node makes no reserved job later that comes earlier in the order."""
-        for kept in self._reserved_on.get(candidate.name, ()):
-            if kept.lane == lane.number:
-                continue
-            other = self.lanes.get(kept.lane)
-            head = self._head(other) if other is not None else None
-            if other is None or head is None or key < self._key(other, head, this):
-                continue
-            if lane.bound_ms and kept.until_ms < NEVER and this.now + lane.bound_ms <= kept.until_ms:
-                continue
-            later = self._without(candidate.name, kept.awaited)
-            later.take(lane.need, candidate.gpus)
-            if later.fitting(kept.need) is None:
-                return False
-        return True
-
-    def _without(self, name: str, attempts: Iterable[Running]) -> Node:
-        """The node as it will be when these have ended."""
-        node = self.fleet.nodes[name].copy()
-        for attempt in attempts:
-            if attempt.node == name:
-                node.give(attempt.need, node.numbers(attempt.gpus))
-        return node
-
-    def _blocked(self, lane: Lane, head: Head, this: _Round, plan: Plan) -> None:
+    def _is_blocked(self, lane: Lane, head: Head, this: _Round) -> None:
         """The head fits nowhere now: keep room for it, and have others make way if it is that important."""
-        seq, since = self._blocked_since.get(lane.number, (-1, 0))
-        if seq != head.seq:
-            since = this.now
-            self._blocked_since[lane.number] = (head.seq, since)
+        blocked = self._blocked.get(lane.number)
+        if blocked is None:
+            blocked = self._blocked[lane.number] = _Blocked(head.seq, this.now)
+        elif blocked.seq != head.seq:
+            blocked.seq, blocked.since_ms = head.seq, this.now
         kept = self.reservations.get(lane.number)
-        if kept is not None and (kept.seq != head.seq or this.now >= kept.until_ms or not kept.awaited):
-            self._unreserve(lane.number)
-            kept = None
-        if kept is None or not kept.preempts:
-            waited = this.now - since
-            if waited >= self.policy.preempt_after_ms and self._preempt(lane, head, this.now, plan):
+        if kept is not None:
+            kept.seq = head.seq  # its jobs are equal; another may have come before
+            if kept.preempts and kept.awaited:
                 return
-        if kept is None and len(self.reservations) < self.policy.reservations:
-            if this.now >= self._try_again.get(lane.number, 0):
-                self._reserve(lane, head, this.now)
-            if lane.number not in self.reservations:
-                self._try_again[lane.number] = this.now + LOOK_AGAIN_MS
+        if this.looks <= 0 or this.now < blocked.again_ms:
+            return
+        waited = this.now - blocked.since_ms >= self.policy.preempt_after_ms
+        if waited and (kept is None or not kept.preempts) and self._preempt(lane, head, this):
+            return
+        if kept is None and len(self.reservations) >= self.policy.reservations:
+            return
+        if kept is None or this.now >= kept.until_ms or not kept.awaited:
+            self._look(lane, head, kept, this)
 
-    def _reserve(self, lane: Lane, head: Head, now: int) -> None:
-        """On the nodes where it will fit soonest; nowhere, if it never will."""
+    def _look(self, lane: Lane, head: Head, kept: Reservation | None, this: _Round) -> None:
+        """Keeps room where the head will fit soonest; nowhere, if it never will."""
+        this.looks -= 1
+        self._blocked[lane.number].again_ms = this.now + LOOK_AGAIN_MS
+        need = self.fleet.could(lane.need)
+        found = None
+        if need is not None:
+            found = self.kept.look(lane.number, head.seq, need, lane.bound_ms, this.now)
+        if found is None:
+            self.kept.drop(lane.number)
+            return
+        found.preempts = kept is not None and kept.preempts and kept.members.keys() == found.members.keys()
+        self.kept.keep(found)
+
+    def _preempt(self, lane: Lane, head: Head, this: _Round) -> bool:
+        """Has the least important work that is in the way stopped. False if that would not help."""
+        if head.priority < self.policy.preempt_gap or any(kept.preempts for kept in self.reservations.values()):
+            return False  # one at a time: each changes what the next one would have to stop
         need = self.fleet.could(lane.need)
         if need is None:
-            return
-        options: list[tuple[int, int, str, list[Running]]] = []
-        for name, node in self.fleet.nodes.items():
+            return False
+        this.looks -= 1
+        share = self.shares.of_group(lane.group, this.now)
+
+        def yields(attempt: Running) -> bool:
+            return (
+                attempt.preemptible
+                and attempt.priority <= head.priority - self.policy.preempt_gap
+                and attempt.need.nodes == 1
+                and (attempt.kind not in this.below or lane.kind in this.below)
+                and (attempt.group == lane.group or self.shares.of_group(attempt.group, this.now) > share)
+            )
+
+        options: list[_Victims] = []
+        for node in self.fleet.nodes.values():
             if node.admits(need) is not None:
-                option = self._soonest(name, node, need, now)
-                if option is not None:
-                    options.append(option)
-        best = heapq.nsmallest(need.nodes, options, key=lambda option: option[:3])
-        if len(best) < need.nodes:
-            return
-        until = max(option[0] for option in best)
-        awaited = {attempt for option in best for attempt in option[3]}
-        self._keep(Reservation(lane.number, head.seq, need, tuple(o[2] for o in best), until, awaited))
-
-    def _soonest(self, name: str, node: Node, need: Need, now: int) -> tuple[int, int, str, list[Running]] | None:
-        """(when it fits, how many must end whose end nobody knows, node, what must end), None if it never fits: what
-        is in its way is not ours to wait for."""
-        later = node.copy()
-        awaited: list[Running] = []
-        unknown = 0
-        if later.fitting(need) is not None:
-            return now, 0, name, awaited  # it fits, but the node is not open at this moment
-        ending = sorted(self.running.get(name, {}).values(), key=lambda r: (r.ends_ms, -r.started_ms, r.job))
-        for attempt in ending:
-            later.give(attempt.need, later.numbers(attempt.gpus))
-            awaited.append(attempt)
-            unknown += attempt.ends_ms >= NEVER
-            if later.fitting(need) is not None:
-                return max(attempt.ends_ms, now), unknown, name, awaited
-        return None
-
-    def _keep(self, kept: Reservation) -> None:
-        self._unreserve(kept.lane)
-        self.reservations[kept.lane] = kept
-        for name in kept.nodes:
-            self._reserved_on[name].append(kept)
-
-    def _unreserve(self, lane: int) -> None:
-        kept = self.reservations.pop(lane, None)
-        if kept is None:
-            return
-        for name in kept.nodes:
-            left = [other for other in self._reserved_on[name] if other is not kept]
-            if left:
-                self._reserved_on[name] = left
-            else:
-                del self._reserved_on[name]
-
-    # -- preemption -------------------------------------------------------------------------------------------------
-
-    def _preempt(self, lane: Lane, head: Head, now: int, plan: Plan) -> bool:
-        """Has the least important work that is in the way stopped. False if that would not help."""
-        below = head.priority - self.policy.preempt_gap
-        need = self.fleet.could(lane.need)
-        if below < 0 or need is None or any(kept.preempts for kept in self.reservations.values()):
-            return False  # one at a time: each changes what the next one would have to stop
-        options: list[tuple[int, int, int, str, list[Running], list[Running]]] = []
-        for name, node in self.fleet.nodes.items():
-            if node.admits(need) is not None:
-                option = self._victims(name, node, need, below, now)
+                weak = [attempt for attempt in self.occupancy.on(node.name) if attempt.stopping or yields(attempt)]
+                option = self._victims(node, need, weak, this.now)
                 if option is not None:
                     options.append(option)
         best = heapq.nsmallest(need.nodes, options, key=lambda option: option[:4])
-        if len(best) < need.nodes:
+        victims = tuple(victim for option in best for victim in option.stopped)
+        if len(best) < need.nodes or not victims:
             return False
-        victims = [victim for option in best for victim in option[4]]
-        awaited = {attempt for option in best for attempt in option[5]}
-        kept = Reservation(lane.number, head.seq, need, tuple(option[3] for option in best), NEVER, awaited, True)
-        self._keep(kept)
-        if victims:
-            for victim in victims:
-                victim.stopping = True
-            # Not again before these have ended and their nodes have said so, or more than is needed would be stopped.
-            patience = max(victim.grace_ms for victim in victims)
-            self._blocked_since[lane.number] = (head.seq, now + patience)
-            plan.preemptions.append(Preemption(head.seq, lane.number, tuple(victims)))
+        kept = Reservation(
+            lane=lane.number,
+            seq=head.seq,
+            need=need,
+            members={option.node: tuple((option.later.fitting(need) or [])[: need.gpus]) for option in best},
+            until_ms=NEVER,
+            awaited={attempt for option in best for attempt in option.awaited},
+            preempts=True,
+            looked_ms=this.now,
+        )
+        self.kept.keep(kept, first=True)
+        for victim in victims:
+            victim.stopping = True
+        # Not again before these have ended and their nodes have said so, or more than is needed would be stopped.
+        self._blocked[lane.number].since_ms = this.now + max(victim.grace_ms for victim in victims)
+        this.plan.preemptions.append(Preemption(head.seq, lane.number, victims))
         return True
 
-    def _victims(
-        self, name: str, node: Node, need: Need, below: int, now: int
-    ) -> tuple[int, int, int, str, list[Running], list[Running]] | None:
-        """(highest priority stopped, how many, their running time, node, whom to stop, what must end), None if stopping
-        all that may be stopped is not enough."""
-        here = self.running.get(name, {}).values()
-        later = node.copy()
-        ending = [attempt for attempt in here if attempt.stopping]
-        for attempt in ending:
+    def _victims(self, node: Node, need: Need, weak: list[Running], now: int) -> _Victims | None:
+        """Whom of these to stop on a node; None if stopping all of them is not enough."""
+        later, places = node.copy(), self.places.get(node.name, 0)
+
+        def fits() -> bool:
+            return places > 0 and later.fitting(need) is not None
+
+        awaited = [attempt for attempt in weak if attempt.stopping]
+        for attempt in awaited:
             later.give(attempt.need, later.numbers(attempt.gpus))
-        weak = [a for a in here if not a.stopping and a.preemptible and a.priority <= below and a.need.nodes == 1]
-        weak.sort(key=lambda a: (a.priority, -a.started_ms, a.job))
+            places += 1
         stopped: list[Running] = []
-        for attempt in weak:
-            if later.fitting(need) is not None:
+        for attempt in sorted(weak, key=lambda attempt: (attempt.priority, -attempt.started_ms, attempt.job)):
+            if attempt.stopping:
+                continue
+            if fits():
                 break
             later.give(attempt.need, later.numbers(attempt.gpus))
             stopped.append(attempt)
-        if later.fitting(need) is None:
+            places += 1
+        if not fits():
             return None
-        for attempt in list(stopped):  # the first ones may turn out not to have been needed
+        for attempt in reversed(stopped.copy()):  # the most important first: it may turn out not to be in the way
             gpus = later.numbers(attempt.gpus)
             later.take(attempt.need, gpus)
-            if later.fitting(need) is not None:
+            places -= 1
+            if fits():
                 stopped.remove(attempt)
             else:
                 later.give(attempt.need, gpus)
+                places += 1
         worst = max((attempt.priority for attempt in stopped), default=-1)
         lost = sum(max(now - attempt.started_ms, 0) for attempt in stopped)
-        return worst, len(stopped), lost, name, stopped, ending + stopped
+        return _Victims(worst, len(stopped), lost, node.name, stopped, awaited + stopped, later)
+
+
+def _under_way(seq: int) -> str:
+    """The name by which a decision stands in the books until its job is told."""
+    return f"#{seq}"
+
+
+__all__ = [
+    "LOOK_AGAIN_MS",
+    "MAX_RESERVATIONS",
+    "NEVER",
+    "Assignment",
+    "Lane",
+    "Plan",
+    "PlanPolicy",
+    "Planner",
+    "Preemption",
+    "Reservation",
+    "Running",
+]

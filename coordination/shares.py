@@ -53,17 +53,15 @@ class Shares:
             use.upto(now, self._half_life_ms)
             use.now = max(use.now + part, 0.0)
 
-    def of_group(self, group: str, now: int, more: float = 0.0) -> float:
-        """What the group has had for its weight; `more` is what it was given a moment ago."""
-        return (self._groups[group].upto(now, self._half_life_ms) + more) / max(self.weights.get(group, 1.0), 1e-9)
+    def of_group(self, group: str, now: int) -> float:
+        """What the group has had for its weight."""
+        return self._groups[group].upto(now, self._half_life_ms) / max(self.weights.get(group, 1.0), 1e-9)
 
-    def kinds_below_floor(self, kinds: set[str], now: int, more: Mapping[str, float]) -> set[str]:
-        """Those of `kinds` that have had less than their floor of all use."""
+    def kinds_below_floor(self, kinds: set[str], now: int) -> set[str]:
+        """Those of `kinds`, and of the kinds that have had anything, that have had less than their floor of all use."""
         uses = {kind: use.upto(now, self._half_life_ms) for kind, use in self._kinds.items()}
-        for kind, part in more.items():
-            uses[kind] = uses.get(kind, 0.0) + part
         total = sum(uses.values())
-        return {kind for kind in kinds if uses.get(kind, 0.0) < self.floors.get(kind, FLOOR) * total}
+        return {kind for kind in kinds | uses.keys() if uses.get(kind, 0.0) < self.floors.get(kind, FLOOR) * total}
 
     def groups(self, now: int) -> dict[str, float]:
         """Each group's part of all use, for people."""

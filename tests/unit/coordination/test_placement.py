@@ -21,6 +21,7 @@ from coordination.placement import (
     read_shape,
     take,
     with_defaults,
+    without_hints,
 )
 
 
@@ -218,10 +219,10 @@ def test_share_counts_only_with_a_gpu() -> None:
 
 def test_hints_are_given_up_one_after_the_other() -> None:
     hinted = need(gpus=1, avoid=["n1"], gpu_memory_above_mb=24_000)
-    told = [(variant.avoid, variant.gpu_memory_above_mb) for variant in hinted.without_hints()]
+    told = [(variant.avoid, variant.gpu_memory_above_mb) for variant in without_hints(hinted)]
     assert told == [({"n1"}, 24_000), (set(), 24_000), ({"n1"}, 0), (set(), 0)]
     plain = need(gpus=1)
-    assert plain.without_hints() == [plain]
+    assert without_hints(plain) == (plain,)
 
 
 # -- GPUs that are near each other -----------------------------------------------------------------------------------
