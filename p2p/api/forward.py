@@ -269,7 +269,7 @@ class Forwarder:
         if page is None and not here.has_copy():  # a node that does not vote shows what one that does has
             copies = [way for way in here.cluster.copies() if way[0] != leader.node][:MAX_ASKED]
             page = await self._soonest(request, [Leader(leader.term, *way) for way in copies], hops)
-            if page is None:
+            if page is None and request.path != "/nodes":  # of those every member knows something
                 raise Problem(503, "this node has no copy of the queue, and no node that has one can be reached")
         return page if page is not None else await handler(request)
 

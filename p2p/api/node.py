@@ -116,8 +116,9 @@ async def nodes(request: web.Request) -> web.Response:
     here = context(request)
     as_of = await here.read_point(request, page=True)
     members = here.nodes()
-    marks = await here.operations.node_marks(members)
-    shown = {name: {**member, **marks[name]} for name, member in members.items()}
+    known = here.dispatcher.leads or here.has_copy()
+    marks = await here.operations.node_marks(members) if known else {}
+    shown = {name: {**member, **marks.get(name, {})} for name, member in members.items()}
     return answer(request, {"nodes": shown, "as_of": as_of}, as_of=as_of)
 
 

@@ -17,13 +17,16 @@ import pytest
 from aiohttp import web
 
 from coordination import commands as c
+from coordination.dispatcher import Room
 from coordination.errors import Refused
+from coordination.placement import Offer
 from p2p.api import forward
 from p2p.ids import NodeId, Term
 from p2p.leadership import Leader
 from tests.unit.p2p.boxes import TOKEN, Box, Boxes, boxes
 
 JOB = {"command": ["true"]}
+OFFER = Offer(node="w9", cpus=1)
 SOON = {"X-P2P-Deadline-Ms": "400"}
 
 
@@ -69,7 +72,7 @@ async def test_the_leader_answers_what_was_asked_of_a_follower(led: Boxes, metho
     assert led.a.asked == [(method, path)]
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/status", "/nodes", "/daemons", "/metrics"])
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/status", "/daemons", "/metrics"])
 async def test_what_is_about_one_node_is_answered_there(led: Boxes, path: str) -> None:
     assert (await led.b.ask("GET", path)).status == 200
     assert led.a.asked == []
@@ -79,25 +82,17 @@ async def test_the_listing_of_a_follower_is_its_own(led: Boxes) -> None:
     assert (await led.b.ask("GET", "/")).body["node_id"] == "b"
 
 
-async def test_an_order_for_another_node_reaches_that_node(led: Boxes) -> None:
-    led.b.cluster.ways = {"c": (led.c.address, ())}
-    assert (await led.b.ask("POST", "/nodes/c/drain", {})).body["node"] == "c"
-    assert (led.b.drained, led.c.drained) == ([], [True])
+async def test_what_is_said_of_a_node_is_the_leaders_to_keep(led: Boxes) -> None:
+    led.a.context.dispatcher.make_room(Room(OFFER, None, 0))
+    answer = await led.b.ask("POST", f"/nodes/{OFFER.node}/drain", {"reason": "it is old"})
+    assert (answer.status, answer.body["node"], answer.body["draining"]) == (200, OFFER.node, True)
+    assert led.a.desk.marks[OFFER.node].reason == "it is old"
     assert (await led.b.ask("POST", "/nodes/nobody/drain", {})).status == 404
 
 
-async def test_an_order_for_another_node_goes_to_no_third_one(led: Boxes) -> None:
-    for box in (led.b, led.c):
-        box.cluster.ways = {"d": (led.c.address, ())}  # c has d's old address, and itself believes so
-    answer = await led.b.ask("POST", "/nodes/d/drain", {})
-    assert answer.status == 503
-    assert "nothing was done" in answer.detail
-    assert len(led.c.asked) == 1
-
-
-async def test_a_node_that_cannot_be_dialled_takes_its_orders_at_home(led: Boxes) -> None:
-    led.b.cluster.ways = {"d": (None, (led.c.address,))}
-    assert (await led.b.ask("POST", "/nodes/d/drain", {})).status == 503
+async def test_nodes_are_told_of_without_a_leader_and_without_a_copy(three: Boxes) -> None:
+    three.b.cluster.copy = False
+    assert (await three.b.ask("GET", "/nodes")).status == 200
 
 
 async def test_the_answer_of_the_leader_arrives_whole(led: Boxes) -> None:

@@ -145,12 +145,12 @@ async def test_by_policy_it_is_the_end_of_the_attempt_told_once_with_the_reason(
     assert box.runner.stopped == [("greedy", "gpu_memory")]
     report = AttemptReport(job="greedy", attempt=1, state="exited", started_ms=1, signal=15, reason="gpu_memory",
                            error="gpu_memory: killed by SIGTERM")  # fmt: skip
-    done = job_loops._end_of("n1", report, job.folder, box.worker._why[job.key])
+    done = job_loops._end_of(box.place, report, job, box.worker._why[job.key])
     assert done.error is not None
     assert done.error.startswith("gpu_memory: killed by SIGTERM: it used 12000 MB of GPU G1")
     assert (done.ok, done.cause, done.retryable) == (False, "gpu_memory", True)
     by_itself = replace(report, reason="exit", exit_code=0, signal=None, error=None)
-    assert job_loops._end_of("n1", by_itself, job.folder, "it used too much").error is None
+    assert job_loops._end_of(box.place, by_itself, job, "it used too much").error is None
 
 
 # -- what ended jobs left behind --------------------------------------------------------------------------------------
