@@ -17,8 +17,9 @@ from coordination.arrays import MAX_MEMBERS, MOST_AHEAD, MOST_AT_ONCE, parse
 from coordination.errors import InvalidInput, Refused
 from coordination.kinds import Kind, Kinds
 from coordination.queue_reads import QueueReader
+from coordination.queue_state import QueueState
 from coordination.submission import Submission
-from tests.unit.coordination.drive import T0, Queue, connection, new_job
+from tests.unit.coordination.drive import T0, Queue, connection, dump, new_job
 
 SPEC = b'{"command":["run","--n","{array_index}"],"params":{"seed":"s{array_index}"},"env":{"N":"{array_index}"}}'
 
@@ -269,6 +270,48 @@ def test_failed_array_that_is_mended_by_hand_is_completed(queue: Queue) -> None:
     assert (summary(queue)["state"], summary(queue)["finished_at"]) == ("running", None)
     run(queue, "a.1")
     assert summary(queue)["state"] == "completed"
+
+
+def test_member_of_a_cancelled_array_can_be_retried_alone(queue: Queue, few: None) -> None:
+    queue.submit(array("a", "1-9"))
+    run(queue, "a.1")
+    queue.cancel("a")
+    assert queue.retry("a.2") == ["a.2"]
+    assert queue.states("a.2", "a.3") == ["pending", "cancelled"]
+    assert summary(queue)["state"] == "running"
+    run(queue, "a.2")
+    told = summary(queue)
+    assert (told["state"], told["counts"]["completed"], told["counts"]["cancelled"]) == ("cancelled", 2, 7)
+    assert len(made(queue)) == 4, "those that were to come stay cancelled"
+
+
+def test_member_that_waits_for_its_turn_can_be_cancelled(queue: Queue) -> None:
+    queue.submit(array("a", "1-3%1", max_attempts=1))
+    run(queue, "a.1", ok=False)
+    queue.retry("a.1")
+    assert queue.cancel("a.1") == ["a.1"]
+    assert queue.rows("deps") == []
+    run(queue, "a.2", "a.3")
+    told = summary(queue)
+    assert (told["state"], told["counts"]["completed"], told["counts"]["cancelled"]) == ("cancelled", 2, 1)
+
+
+def test_array_goes_on_where_it_was_after_a_restart(queue: Queue, tmp_path: Path) -> None:
+    """What is still to be made is in the rows, so a voter that was restarted makes the same."""
+    queue.submit(array("a", "1-1200"), array("b", "1-700"))
+    assert queue.state.arrays_want
+    again = Queue(str(tmp_path / "other.db"))
+    again.state.apply_batch(queue.entries)
+    again.state.close()
+    again.state = QueueState(str(tmp_path / "other.db"))
+    assert (again.state.arrays_want, again.state.array_backlog) == (True, 1_400)
+    again.entries = list(queue.entries)
+    for other in (queue, again):
+        tended(other)
+        run(other, "a.1", "b.1")
+    assert dump(again.state) == dump(queue.state)
+    assert len(made(queue)) == 1_001
+    again.state.close()
 
 
 # -- dependencies and unique keys ------------------------------------------------------------------------------------

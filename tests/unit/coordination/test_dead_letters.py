@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,14 @@ async def test_members_of_one_array_can_be_retried(desk: Desk) -> None:
     assert await retry(desk, array="nobody") == 0
 
 
-async def test_what_cannot_be_retried_stays_and_does_not_stop_the_others(desk: Desk) -> None:
+async def test_what_cannot_be_retried_stays_and_does_not_stop_the_others(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "RETRY_SLICE", 1)
     dead(desk, new_job("dep"), new_job("held", unique_key="u"), new_job("free"))
     desk.apply(c.Submit(desk.clock.now, (new_job("holder", unique_key="u"), new_job("ok")), "", ""))
-    assert await retry(desk) == 2
+    async with asyncio.timeout(10):
+        assert await retry(desk) == 2
     assert failed(desk) == ["held"]
 
 

@@ -184,7 +184,7 @@ async def test_runs_missed_in_an_outage_are_made_up_for_by_one(desk: Desk, sched
 
 async def test_due_time_makes_one_job_though_two_leaders_run_it(desk: Desk, scheduler: Scheduler) -> None:
     """The one before proposed it, and the new one had read that it was due before that was applied."""
-    await scheduler.put("s", HOURLY)
+    await scheduler.put("s", {**HOURLY, "overlap": True})
     desk.clock.now = FIRST
     due = desk.reader.due_schedules(FIRST)
     await scheduler.run_due()
