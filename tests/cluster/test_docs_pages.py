@@ -1,4 +1,4 @@
-"""Every example of docs/jobs.md, run as it stands in one shell, against a real node."""
+"""Every example of docs/jobs.md and docs/placement.md, run as it stands in one shell, against a real node."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from config.settings import ROOT
 from tests.nodes import node_offering
 
-PAGE = ROOT / "docs/jobs.md"
+SAID = {
+    "jobs": ('"count":20', "code64isnotretried", "havingbegunthistimeat15", '"dropped":"nightly"', '"retried":'),
+    "placement": (
+        "fitsonnoneof1node,evenwhenidle:needs4096cores;thelargestnodehas8on",
+        '"cordoned":true',
+        '"drained":',
+        '"jobs_left":',
+    ),
+}
 
 
-def test_examples_run_as_they_stand(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 7
+@pytest.mark.parametrize("page", SAID)
+def test_examples_run_as_they_stand(tmp_path: Path, page: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
     (tmp_path / "node").mkdir()
     with node_offering(tmp_path / "node", {"cpus": 8, "memory_mb": 8_000}) as node:
         script = "set -euo pipefail\n" + "\n".join(blocks).replace("localhost:8770", node.address)
@@ -26,5 +38,5 @@ def test_examples_run_as_they_stand(tmp_path: Path) -> None:
         )
     assert done.returncode == 0, f"{done.stdout[-2_000:]}\n{done.stderr[-2_000:]}"
     said = done.stdout.replace(" ", "")
-    for words in ('"count":20', "code64isnotretried", "havingbegunthistimeat15", '"dropped":"nightly"', '"retried":'):
+    for words in SAID[page]:
         assert words in said
