@@ -172,6 +172,7 @@ class Dispatcher:
         self.matching.close()
         self.leases = LeaseTable(lease_ms=self.leases.lease_ms)
         self.matching = self._new_matching()
+        self._trouble, self._black_holes = Trouble(), set()
 
     def check_leads(self) -> None:
         """Raises Refused (503) unless this node leads and has taken up its term."""
