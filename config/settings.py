@@ -80,6 +80,11 @@ class WorkerSettings(Section):
     max_jobs: int = Field(256, ge=1, le=10_000, description="jobs at once, whatever their requirements")
     claim_wait_seconds: float = Field(20, gt=0, le=60, description="how long a claim is held open")
     log_cap_mb: int = Field(16, ge=1, description="per stream of a job; the newest half is kept beyond it")
+    memory_policy: Literal["off", "warn", "kill"] = Field(
+        "kill", description="for a job that uses more memory than its requires.memory_mb; placement gave that, no more"
+    )
+    memory_headroom: float = Field(1.0, ge=1, le=100, description="times requires.memory_mb is the limit")
+    memory_cgroup: bool = Field(True, description="limits are held by cgroups where they may be made, else watched")
     keep_folders: int = Field(10_000, ge=0, description="folders of ended attempts kept; the oldest go first")
     keep_folders_hours: float = Field(24 * 7, gt=0, description="folders of ended attempts older than this go")
 

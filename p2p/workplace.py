@@ -7,6 +7,7 @@ it is run is the runner's.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from config.settings import WorkerSettings
 from coordination.placement import Offer, Shape, take, with_defaults
 from coordination.validation import MAX_DEPTH, nested_deeper
 from p2p.runner.client import StartSpec
@@ -42,6 +44,7 @@ class LocalJob:
     started_ms: int | None = None
     told_start: bool = False
     ended: bool = False
+    told_memory: bool = False
     progress_mtime_ms: int = 0
 
     @property
@@ -95,7 +98,7 @@ class Workplace:
         known = self.jobs.get((job_id, attempt))
         return known or self.add(description or {"id": job_id, "attempt": attempt, "requires": {"cpus": 0}})
 
-    def start_spec(self, job: LocalJob, log_cap_bytes: int) -> StartSpec:
+    def start_spec(self, job: LocalJob, settings: WorkerSettings) -> StartSpec:
         """What the runner is to start; it makes the attempt's folder."""
         told = job.description
         gpus = told.get("gpus", ())
@@ -118,7 +121,10 @@ class Workplace:
             cwd=told.get("cwd"),
             timeout_seconds=told.get("timeout_seconds"),
             grace_seconds=told.get("grace_seconds", 30.0),
-            log_cap_bytes=log_cap_bytes,
+            log_cap_bytes=settings.log_cap_mb << 20,
+            memory_limit_mb=memory_limit_mb(job.shape, settings),
+            memory_kill=settings.memory_policy == "kill",
+            memory_group=settings.memory_cgroup,
         )
 
     def prune(self, keep: int, hours: float) -> int:
@@ -138,6 +144,13 @@ class Workplace:
         for path in doomed:
             shutil.rmtree(path, ignore_errors=True)
         return len(doomed)
+
+
+def memory_limit_mb(shape: Shape, settings: WorkerSettings) -> int:
+    """What a job of this shape may use; 0: no limit. One that asked for nothing was promised nothing."""
+    if settings.memory_policy == "off":
+        return 0
+    return math.ceil(int(shape["memory_mb"]) * settings.memory_headroom)
 
 
 def attempt_folder(root: Path, job: str, attempt: int) -> Path:

@@ -300,8 +300,7 @@ class WorkerPullLoop(Loop):
     async def _begin(self, jobs: list[LocalJob]) -> None:
         if not jobs:
             return
-        cap = self._settings.log_cap_mb << 20
-        await self.runner.start([self.workplace.start_spec(job, cap) for job in jobs])
+        await self.runner.start([self.workplace.start_spec(job, self._settings) for job in jobs])
 
     async def _kill(self, doomed: list[Claimant], reason: str) -> None:
         for item in doomed:
@@ -344,10 +343,17 @@ class WorkerPullLoop(Loop):
         self.workplace.disk_free_mb = await asyncio.to_thread(self.workplace.measure_disk)
         try:
             async with asyncio.timeout(SAMPLE_SECONDS):
-                return {(sample.job, sample.attempt): sample for sample in await self.runner.sample()}
+                samples = {(sample.job, sample.attempt): sample for sample in await self.runner.sample()}
         except TimeoutError:
             self.stats["samples_missed"] += 1
             return {}
+        for key, sample in samples.items():
+            job = self.workplace.jobs.get(key)
+            if sample.over_memory_mb and job is not None and not job.told_memory:
+                job.told_memory = True
+                used, asked = sample.over_memory_mb, job.shape["memory_mb"]
+                log.warning("job %s, attempt %d uses %.0f MB of memory; it asked for %s MB", *key, used, asked)
+        return samples
 
     async def _send_beats(
         self, jobs: list[LocalJob], samples: dict[Key, ActivitySample], *, first: bool, whole: bool = False
@@ -473,6 +479,10 @@ def _end_of(node: str, report: AttemptReport, folder: Path) -> AttemptDone:
             error = f"{error}; {problem}" if error else f"its result was not taken: {problem}"
     if not ok and error is None:
         error = f"it ended with {report.reason}"
+    over_mb = report.usage.get("over_memory_mb", 0)
+    if over_mb and report.reason != "memory_limit":
+        told = f"it used {over_mb:.0f} MB of memory, more than its limit"
+        error = f"{error}; {told}" if error else told
     code = report.exit_code if report.exit_code is not None else (-report.signal if report.signal else None)
     return AttemptDone(
         id=report.job,
