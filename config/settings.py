@@ -84,6 +84,11 @@ class WorkerSettings(Section):
         False, description="SIGTERM means that the machine is going away: jobs end or move on before the node stops"
     )
     notice_seconds: float = Field(30, gt=0, le=86_400, description="with drain_on_sigterm: how long it may take")
+    memory_policy: Literal["off", "warn", "kill"] = Field(
+        "kill", description="for a job that uses more memory than its requires.memory_mb; placement gave that, no more"
+    )
+    memory_headroom: float = Field(1.0, ge=1, le=100, description="times requires.memory_mb is the limit")
+    memory_cgroup: bool = Field(True, description="limits are held by cgroups where they may be made, else watched")
     keep_folders: int = Field(10_000, ge=0, description="folders of ended attempts kept; the oldest go first")
     keep_folders_hours: float = Field(24 * 7, gt=0, description="folders of ended attempts older than this go")
     gpu_sample_seconds: float = Field(5, gt=0, le=60, description="how often the GPUs are looked at")

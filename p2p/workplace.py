@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from config.settings import WorkerSettings
 from coordination.placement import Offer, Shape, take, with_defaults
 from coordination.validation import MAX_DEPTH, nested_deeper
 from p2p.gpu_jobs import Claim, CpuWork, ownership
@@ -50,6 +52,7 @@ class LocalJob:
     pid: int | None = None  # of its first process
     told_start: bool = False
     ended: bool = False
+    told_memory: bool = False
     progress_mtime_ms: int = 0
     cpu_work: CpuWork | None = None  # of a job with GPUs
     gpu_unnamed_mb: dict[str, int] = field(default_factory=dict)  # nobody's that we see, when it was taken on
@@ -164,7 +167,7 @@ class Workplace:
         job.gpu_unnamed_mb = {}  # what nobody is seen to hold may be its own by now
         return job
 
-    def start_spec(self, job: LocalJob, log_cap_bytes: int) -> StartSpec:
+    def start_spec(self, job: LocalJob, settings: WorkerSettings) -> StartSpec:
         """What the runner is to start; it makes the attempt's folder."""
         told = job.description
         gpus = told.get("gpus", ())
@@ -190,7 +193,10 @@ class Workplace:
             cwd=told.get("cwd"),
             timeout_seconds=told.get("timeout_seconds"),
             grace_seconds=told.get("grace_seconds", 30.0),
-            log_cap_bytes=log_cap_bytes,
+            log_cap_bytes=settings.log_cap_mb << 20,
+            memory_limit_mb=memory_limit_mb(job.shape, settings),
+            memory_kill=settings.memory_policy == "kill",
+            memory_group=settings.memory_cgroup,
         )
 
     def smallest_gpu_mb(self, job: LocalJob) -> int:
@@ -215,6 +221,13 @@ class Workplace:
         for path in doomed:
             shutil.rmtree(path, ignore_errors=True)
         return len(doomed)
+
+
+def memory_limit_mb(shape: Shape, settings: WorkerSettings) -> int:
+    """What a job of this shape may use; 0: no limit. One that asked for nothing was promised nothing."""
+    if settings.memory_policy == "off":
+        return 0
+    return math.ceil(int(shape["memory_mb"]) * settings.memory_headroom)
 
 
 def attempt_folder(root: Path, job: str, attempt: int) -> Path:

@@ -368,11 +368,10 @@ class WorkerPullLoop(Loop):
     async def _begin(self, jobs: list[LocalJob]) -> None:
         if not jobs:
             return
-        cap = self._settings.log_cap_mb << 20
         resumed = [job for job in jobs if job.description.get("checkpoint") is not None]
         if resumed:
             await asyncio.to_thread(leave_checkpoints, resumed)
-        await self.runner.start([self.workplace.start_spec(job, cap) for job in jobs])
+        await self.runner.start([self.workplace.start_spec(job, self._settings) for job in jobs])
 
     async def _kill(self, doomed: list[Notice]) -> None:
         """Has them end: SIGTERM, their grace, SIGKILL. The reason becomes the cause of their end."""
@@ -416,10 +415,17 @@ class WorkerPullLoop(Loop):
         self.workplace.disk_free_mb = await asyncio.to_thread(self.workplace.measure_disk)
         try:
             async with asyncio.timeout(SAMPLE_SECONDS):
-                return {(sample.job, sample.attempt): sample for sample in await self.runner.sample()}
+                samples = {(sample.job, sample.attempt): sample for sample in await self.runner.sample()}
         except TimeoutError:
             self.stats["samples_missed"] += 1
             return {}
+        for key, sample in samples.items():
+            job = self.workplace.jobs.get(key)
+            if sample.over_memory_mb and job is not None and not job.told_memory:
+                job.told_memory = True
+                used, asked = sample.over_memory_mb, job.shape["memory_mb"]
+                log.warning("job %s, attempt %d uses %.0f MB of memory; it asked for %s MB", *key, used, asked)
+        return samples
 
     async def _send_beats(
         self, jobs: list[LocalJob], samples: dict[Key, ActivitySample], *, first: bool, whole: bool = False
@@ -589,6 +595,10 @@ def _end_of(place: Workplace, report: AttemptReport, job: LocalJob, why: str | N
         error = f"it ended with {report.reason}"
     if why is not None and report.reason != "exit":
         error = f"{error}: {why}"
+    over_mb = report.usage.get("over_memory_mb", 0)
+    if over_mb and report.reason != "memory_limit":
+        told = f"it used {over_mb:.0f} MB of memory, more than its limit"
+        error = f"{error}; {told}" if error else told
     cause = report.reason or "exit"
     if cause == "exit" and not ok and _ran_out_of_gpu_memory(job, error or ""):
         cause = "cuda_oom"

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from p2p.runner import processes
+from p2p.runner import family
 from p2p.runner.attempts import Attempt
-from p2p.runner.protocol import ActivitySample
+from p2p.runner.protocol import ActivitySample, Key
 
 
-def sample(attempts: Sequence[Attempt]) -> list[ActivitySample]:
-    """Blocking.  An attempt that ends meanwhile is left out."""
-    cpu_seconds: defaultdict[int, float] = defaultdict(float)
-    rss_mb: defaultdict[int, float] = defaultdict(float)
-    wanted = {attempt.pid for attempt in attempts}
-    if wanted:
-        for stat in processes.scan():
-            if stat.session in wanted:
-                cpu_seconds[stat.session] += stat.cpu_seconds
-                rss_mb[stat.session] += stat.rss_mb
+def sample(attempts: Sequence[Attempt], roots: Mapping[int, Attempt]) -> list[ActivitySample]:
+    """Blocking.  An attempt that ends meanwhile is left out.  ``roots``: pids, see ``family.py``."""
+    cpu_seconds: defaultdict[Key, float] = defaultdict(float)
+    rss_mb: defaultdict[Key, float] = defaultdict(float)
+    for stat, owner in family.members(roots):
+        cpu_seconds[owner.key] += stat.cpu_seconds
+        rss_mb[owner.key] += stat.rss_mb
     samples = []
     for attempt in attempts:
         logs = attempt.logs
@@ -33,11 +30,12 @@ def sample(attempts: Sequence[Attempt]) -> list[ActivitySample]:
             ActivitySample(
                 job=attempt.job,
                 attempt=attempt.attempt,
-                cpu_seconds=round(cpu_seconds[attempt.pid], 2),
-                rss_mb=round(rss_mb[attempt.pid], 2),
+                cpu_seconds=round(cpu_seconds[attempt.key] + attempt.stray_cpu_seconds, 2),
+                rss_mb=round(rss_mb[attempt.key], 2),
                 stdout_bytes=logs.stdout.written_bytes(),
                 stderr_bytes=logs.stderr.written_bytes(),
                 progress_mtime_ms=_mtime_ms(attempt.directory + "/progress.json"),
+                over_memory_mb=round(attempt.over_memory_mb, 1),
             )
         )
     return samples

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from p2p.runner.groups import Group
 from p2p.runner.logs import LogPair
 from p2p.runner.protocol import AttemptReport, Key, StartSpec
 
@@ -37,6 +38,19 @@ RECORD_COLUMNS = (
     "system_seconds",
     "max_rss_mb",
 )
+_MEANINGS: dict[
+    int, str
+] = {  # of signals that a process brings upon itself; who sent another one is not known, so nothing is said
+    signals.SIGSEGV: "it used memory that it does not have",
+    signals.SIGBUS: "it used memory that is not there, such as the end of a file that was cut",
+    signals.SIGILL: "an instruction that this CPU does not know",
+    signals.SIGFPE: "an impossible calculation, such as a division by zero",
+    signals.SIGABRT: "it gave up by itself",
+    signals.SIGPIPE: "nobody read what it wrote to a pipe",
+    signals.SIGSYS: "a system call that is forbidden to it",
+    signals.SIGXCPU: "its limit of CPU time was reached",
+    signals.SIGXFSZ: "its limit of file sizes was reached",
+}
 _COMMAND_CHARACTERS = 200  # of the command line kept in the record, for people
 
 
@@ -66,6 +80,12 @@ class Attempt:
 
     # Below: not recorded.
     durable: bool = False  # the end is on disk, so it may be told
+    memory_limit_mb: int = 0
+    memory_kill: bool = True
+    group: Group | None = None  # its memory cgroup
+    over_memory_mb: float = 0.0  # the most it was seen to have beyond its limit
+    stray_cpu_seconds: float = 0.0  # of adopted orphans that have ended
+    killed_by: str = ""  # who sent the SIGKILL, if the kernel says so
     spec: StartSpec | None = None  # until it is spawned: the environment may be large
     reaped: bool = False  # the leader is dead and its status known
     ending: str | None = None  # why it is being brought down
@@ -91,6 +111,8 @@ class Attempt:
             log_cap_bytes=spec.log_cap_bytes,
             command=" ".join(spec.argv[:20])[:_COMMAND_CHARACTERS],
             boot_id=boot_id,
+            memory_limit_mb=spec.memory_limit_mb,
+            memory_kill=spec.memory_kill,
             spec=spec,
         )
 
@@ -117,6 +139,8 @@ class Attempt:
             for name in ("user_seconds", "system_seconds", "max_rss_mb")
             if (value := getattr(self, name)) is not None
         }
+        if self.over_memory_mb:
+            usage["over_memory_mb"] = round(self.over_memory_mb, 1)
         return AttemptReport(
             job=self.job,
             attempt=self.attempt,
@@ -143,10 +167,15 @@ def failure_sentence(attempt: Attempt, last_lines: str) -> str | None:
     return f"{_status(attempt)}: {last_lines}" if last_lines else _status(attempt)
 
 
+def memory_sentence(attempt: Attempt) -> str:
+    return f"killed: used more than its memory limit of {attempt.memory_limit_mb} MB"
+
+
 def _status(attempt: Attempt) -> str:
     if attempt.signal is None:
         return f"exit code {attempt.exit_code}"
-    return f"killed by {signal_name(attempt.signal)}"
+    means = attempt.killed_by or _MEANINGS.get(attempt.signal, "")
+    return f"killed by {signal_name(attempt.signal)}" + (f" ({means})" if means else "")
 
 
 def signal_name(number: int) -> str:

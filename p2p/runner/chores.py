@@ -1,4 +1,4 @@
-"""Work that goes on beside the daemon's messages: log caps, samples, orphans, and a round for what went missing.
+"""Work that goes on beside the daemon's messages: log caps, memory limits, samples, orphans, and a round for the rest.
 
 All of it may block on /proc or on a slow disk, so it happens on threads of their own, one for the log caps, which are
 a race with the writer, and one for the rest; what they find is acted on in the event loop.  A defect in one chore must
@@ -19,6 +19,7 @@ from typing import Any
 from p2p.runner import activity
 from p2p.runner.attempts import Attempt
 from p2p.runner.logs import LEAST_SECONDS
+from p2p.runner.memory import MemoryWatch
 from p2p.runner.orphans import Orphans
 from p2p.runner.protocol import ProtocolError
 from p2p.runner.session import Session
@@ -91,8 +92,22 @@ class Chores:
     async def answer_samples(self) -> None:
         while True:
             session, number = await self._samples.get()
-            running = self._supervisor.running()
-            session.send_sample(number, await self._observe(partial(activity.sample, running)))
+            look = partial(activity.sample, self._supervisor.running(), self._supervisor.roots())
+            session.send_sample(number, await self._observe(look))
+
+    async def watch_memory(self) -> None:
+        """Of attempts with a limit that no cgroup holds."""
+        supervisor, watch = self._supervisor, MemoryWatch()
+        while True:
+            supervisor.limited.clear()
+            watched = supervisor.watched()
+            if not watched:
+                await supervisor.limited.wait()
+                continue
+            over, pause = await self._observe(partial(watch.look, watched, supervisor.roots()))
+            for attempt, used_mb in over:
+                supervisor.exceeded(attempt, used_mb)
+            await asyncio.sleep(pause)
 
     async def go_round(self, every: Callable[[], None]) -> None:
         """A death whose signal went missing is found within a second."""

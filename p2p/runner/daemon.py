@@ -20,6 +20,8 @@ from typing import Any
 from p2p.runner.address import LOG_NAME, SocketAddress
 from p2p.runner.attempts import EXITED, Attempt
 from p2p.runner.chores import Chores
+from p2p.runner.groups import Groups, Unusable
+from p2p.runner.kernel_log import KernelLog
 from p2p.runner.logs import StreamCap
 from p2p.runner.orphans import Orphans
 from p2p.runner.protocol import MAX_KNOWN_ATTEMPTS, AttemptReport, Key, StartSpec
@@ -45,7 +47,13 @@ class Daemon:
         self._store_thread = ThreadPoolExecutor(1, "store")
         self._recorder = Recorder(store=store, thread=self._store_thread, consequences=self, log=self.log)
         home_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._supervisor = Supervisor(spawner=Spawner(home_fd), changed=self._on_changed, log=self.log)
+        self._supervisor = Supervisor(
+            spawner=Spawner(home_fd),
+            changed=self._on_changed,
+            log=self.log,
+            find_groups=self._find_groups,
+            kernel_log=KernelLog.open(),
+        )
         self._chores = Chores(supervisor=self._supervisor, orphans=Orphans(self._load()), log=self.log)
         self._to_spawn: deque[Attempt] = deque()
         self._session: Session | None = None
@@ -70,6 +78,7 @@ class Daemon:
             chores.cap_logs,
             chores.end_orphans,
             chores.answer_samples,
+            chores.watch_memory,
             partial(chores.go_round, self._on_round),
         )
         async with asyncio.TaskGroup() as group:
@@ -80,9 +89,21 @@ class Daemon:
                 task.cancel()
         if self._session is not None:
             self._session.close()
+        if self._supervisor.groups is not None:
+            self._supervisor.groups.close()
         self._store_thread.submit(self._store.close)
         self._store_thread.shutdown()
         self.log("ended")
+
+    def _find_groups(self) -> Groups | None:
+        """The reason why there are none is told once."""
+        try:
+            groups = Groups.find(self._directory, self.log)
+        except Unusable as reason:
+            self.log(f"memory limits are watched, not held by cgroups: {reason}")
+            return None
+        self.log(f"memory limits are held by cgroups below {groups.base}")
+        return groups
 
     def _load(self) -> list[Attempt]:
         attempts = [Attempt.recorded(row) for row in self._store.load()]
@@ -99,6 +120,8 @@ class Daemon:
 
     def _on_round(self) -> None:
         self._own_log.enforce()
+        if self._supervisor.groups is not None:
+            self._supervisor.groups.tidy()
         self._end_if_idle()
 
     def _on_sigterm(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import msgpack
 
 PROTOCOL = 1  # raised when an old peer could misunderstand a new one
-VERSION = "0.1.0"  # of the runner's code; the orchestrator may replace an idle runner whose version is not its own
+VERSION = "0.2.0"  # of the runner's code; the orchestrator may replace an idle runner whose version is not its own
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 MAX_REPORTS_PER_FRAME = 1_000  # with 5 KB of error each, 5 MB: far below a frame
@@ -58,6 +58,9 @@ class StartSpec:
     timeout_seconds: float | None = None  # running time; None: no limit
     grace_seconds: float = 30.0  # between SIGTERM and SIGKILL
     log_cap_bytes: int = 16 * 1024 * 1024  # kept per stream
+    memory_limit_mb: int = 0  # MiB, of all its processes together; 0: no limit
+    memory_kill: bool = True  # what has more is ended; False: it is only told, in the report's usage
+    memory_group: bool = True  # a cgroup may be made for it; False: it is watched
 
     @property
     def key(self) -> Key:
@@ -80,7 +83,11 @@ class StartSpec:
         _check(_is_seconds(item.get("grace_seconds")), "grace_seconds: a number >= 0")
         cap = item.get("log_cap_bytes")
         _check(isinstance(cap, int) and 0 <= cap < 2**53, "log_cap_bytes: an integer >= 0")
-        return cls(**{name: item[name] for name in _SPEC_FIELDS})
+        limit = item.get("memory_limit_mb", 0)  # from here on: fields that an older client does not know
+        _check(type(limit) is int and 0 <= limit < 2**40, "memory_limit_mb: an integer >= 0")
+        for name in ("memory_kill", "memory_group"):
+            _check(isinstance(item.get(name, True), bool), f"{name}: true or false")
+        return cls(**{name: item[name] for name in _SPEC_FIELDS if name in item})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +95,10 @@ class AttemptReport:
     """What the runner knows of one attempt.
 
     ``state``: starting, running, exited, or forgotten (it ended, was acknowledged, and will not run again).
-    ``reason`` of an end: exit, timeout, spawn_failed, runner_lost, machine_restarted, runner_stopped, or the reason
-    given to ``stop``.  ``exit_code`` and ``signal`` are both None when the status is unknown.  ``max_rss_mb`` is never
-    below the runner's own 20 MB: the kernel counts what a child shares with its parent before its exec.
+    ``reason`` of an end: exit, timeout, memory_limit (it had more than its own), out_of_memory (the kernel says so),
+    spawn_failed, runner_lost, machine_restarted, runner_stopped, or the reason given to ``stop``.  ``exit_code`` and
+    ``signal`` are both None when the status is unknown.  ``max_rss_mb`` is never below the runner's own 20 MB: the
+    kernel counts what a child shares with its parent before its exec.
     """
 
     job: str
@@ -103,7 +111,7 @@ class AttemptReport:
     signal: int | None = None
     reason: str = ""
     error: str | None = None  # a sentence and the last lines of stderr; None after success
-    usage: dict[str, float] = field(default_factory=dict)  # user_seconds, system_seconds, max_rss_mb
+    usage: dict[str, float] = field(default_factory=dict)  # user_seconds, system_seconds, max_rss_mb, over_memory_mb
 
     @property
     def key(self) -> Key:
@@ -123,18 +131,19 @@ class ActivitySample:
 
     job: str
     attempt: int
-    cpu_seconds: float  # of all processes of its session, with the children they waited for
+    cpu_seconds: float  # of all its processes, with the children they waited for, wherever they have moved to
     rss_mb: float
     stdout_bytes: int  # ever written, also what the log cap dropped since
     stderr_bytes: int
     progress_mtime_ms: int  # of progress.json; 0: there is none
+    over_memory_mb: float = 0.0  # the most it was seen to have, if that was more than its limit
 
     def to_wire(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SAMPLE_FIELDS}
 
     @classmethod
     def from_wire(cls, item: Mapping[str, Any]) -> Self:
-        return cls(**{name: item[name] for name in _SAMPLE_FIELDS})
+        return cls(**{name: item[name] for name in _SAMPLE_FIELDS if name in item})
 
 
 _SPEC_FIELDS = tuple(StartSpec.__dataclass_fields__)

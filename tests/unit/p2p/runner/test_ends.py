@@ -24,6 +24,8 @@ async def test_signal_is_reported(running, number):
     report = await running.run("job", f"kill -{int(number)} $$")
     assert (report.exit_code, report.signal, report.reason) == (None, number, "exit")
     assert report.error is not None and report.error.startswith("killed by ")
+    assert ("it used memory that it does not have" in report.error) == (number == signal.SIGSEGV)
+    assert "OOM" not in report.error, "nobody knows who sent it, so nothing is said"
 
 
 async def test_start_is_reported_before_the_end(running):
@@ -195,6 +197,44 @@ async def test_sample_tells_signs_of_life(running, new_signal):
     await running.client.stop("job", 1, reason="cancelled", grace_seconds=1)
     await running.exited("job")
     assert await running.client.sample() == []
+
+
+@pytest.mark.parametrize("escape", ["setsid ", "setsid setsid --fork "], ids=["own session", "orphan of its own"])
+async def test_cpu_use_of_what_left_the_jobs_session_is_a_sign_of_life(running, new_signal, escape):
+    """Also what it had used before it ended: the sum grows while anybody works."""
+    ready, gate = new_signal(), new_signal("gate")
+    burn = "import time\nwhile time.process_time() < 0.3: pass\n"
+    (running.root / "burn.py").write_text(
+        burn + f"open('{ready.path}', 'w').write('x\\n'); open('{gate.path}').read(1)"
+    )
+    await running.start("job", f"{escape}{sys.executable} {running.root / 'burn.py'} & sleep 1000")
+    await ready.line()
+    (sample,) = await running.client.sample()
+    assert sample.cpu_seconds >= 0.25
+    assert sample.rss_mb > 5
+    gate.path.write_text("x")
+    async with asyncio.timeout(20):
+        while len(await asyncio.to_thread(burners, running.root)):
+            await asyncio.sleep(0.01)
+    (later,) = await running.client.sample()
+    assert later.cpu_seconds >= (
+        0.25 if "fork" in escape else 0
+    )  # a child's is its parent's, who has not waited for it
+    assert later.rss_mb < sample.rss_mb
+    await running.client.stop("job", 1, reason="cancelled", grace_seconds=1)
+    await running.exited("job")
+
+
+def burners(root: Path) -> list[int]:
+    name = str(root / "burn.py").encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                found += [int(entry.name)] if name in (entry / "cmdline").read_bytes().split(b"\0") else []
+            except OSError:
+                continue
+    return found
 
 
 async def test_jobs_go_on_while_the_runner_is_frozen(running):
