@@ -217,7 +217,9 @@ async def test_cpu_use_of_what_left_the_jobs_session_is_a_sign_of_life(running, 
         while len(await asyncio.to_thread(burners, running.root)):
             await asyncio.sleep(0.01)
     (later,) = await running.client.sample()
-    assert later.cpu_seconds >= (0.25 if "fork" in escape else 0)  # a child's is its parent's, who has not waited for it
+    assert later.cpu_seconds >= (
+        0.25 if "fork" in escape else 0
+    )  # a child's is its parent's, who has not waited for it
     assert later.rss_mb < sample.rss_mb
     await running.client.stop("job", 1, reason="cancelled", grace_seconds=1)
     await running.exited("job")
