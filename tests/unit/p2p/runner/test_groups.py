@@ -17,6 +17,7 @@ import pytest
 from p2p.runner import groups
 from p2p.runner.groups import Group, Groups, Unusable
 from p2p.runner.kernel_log import KernelLog
+from tests.nodes import ROOT
 
 HOG = "x = bytearray(int(__import__('sys').argv[1]) << 20); print('full', flush=True); __import__('time').sleep(1000)"
 
@@ -190,6 +191,9 @@ async def test_the_kernel_ends_all_of_a_job_at_once(running, new_signal):
 @needs_groups
 async def test_a_job_within_its_limit_may_read_more_than_that(running):
     """Cached files are taken back before anybody is killed."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", running.root], capture_output=True, text=True, check=True).stdout
+    if kind.strip() in ("tmpfs", "ramfs"):
+        pytest.skip("files here are memory, not cached")
     script = "head -c 300000000 /dev/zero > data; cat data > /dev/null; cat data data | wc -c; rm data"
     spec = await running.start("job", script, memory_limit_mb=60)
     assert (await running.exited("job")).exit_code == 0
@@ -204,6 +208,39 @@ async def test_files_in_shared_memory_count(running):
     finally:
         Path(name).unlink(missing_ok=True)
     assert report.reason == "memory_limit"
+
+
+@needs_groups
+def test_a_delegated_unit_is_emptied_into_a_leaf_and_used():
+    """As under systemd with Delegate=yes: a cgroup that hands out memory must not hold processes itself."""
+    mount, _ = groups._where()
+    unit = mount / f"p2p-test-{secrets.token_hex(4)}"
+    unit.mkdir()
+    os.setxattr(unit, "trusted.delegate", b"1")
+    script = (
+        "import sys; from pathlib import Path; from p2p.runner.groups import Groups\n"
+        "found = Groups.find(Path('/of/a/runner'), print); print(found.base)\n"
+        "print(open('/proc/self/cgroup').read().strip().rpartition('::')[2])\n"
+        "group = found.make('j', 1, 100); print(group.kills()); print(group.remove()); found.close()\n"
+    )
+    try:
+        enter = f'echo $$ > {unit}/cgroup.procs; sleep 100 > /dev/null 2>&1 & exec {sys.executable} -c "$0"'
+        done = subprocess.run(["sh", "-c", enter, script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        base, own, kills, removed = done.stdout.splitlines()
+        assert (Path(base).parent, own) == (unit, f"/{unit.name}/node")
+        assert (kills, removed) == ("Kills(killed=0, own=False)", "True")
+        assert not Path(base).exists()
+        assert len((unit / "node/cgroup.procs").read_text().split()) == 1, "what else the unit had is there too"
+    finally:
+        (unit / "cgroup.kill").write_text("1")
+        for path in (unit / "node", unit):
+            for _ in range(200):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+                    break
+                time.sleep(0.02)
+    assert not unit.exists()
 
 
 @needs_groups
