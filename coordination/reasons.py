@@ -21,12 +21,13 @@ def misses(need: Need, node: Node, *, idle: bool) -> dict[str, Miss]:
     """The requirements that this node does not meet: even when `idle`, or as it is now."""
     found: dict[str, Miss] = {}
     amounts = (
-        ("cpus", need.cpu_milli, node.total_cpu_milli if idle else node.cpu_milli, "cores", WHOLE),
-        ("memory", need.memory_mb, node.total_memory_mb if idle else node.memory_mb, "MB of memory", 1),
-        ("disk", need.disk_mb, node.total_disk_mb if idle else node.disk_mb, "MB of disk", 1),
+        ("cpus", need.cpu_milli, node.cpu_milli, node.total_cpu_milli, "cores", WHOLE),
+        ("memory", need.memory_mb, node.memory_mb, node.total_memory_mb, "MB of memory", 1),
+        ("disk", need.disk_mb, node.disk_mb, node.total_disk_mb, "MB of disk", 1),
     )
     most = "largest node has" if idle else "most free is"
-    for name, wanted, there, unit, scale in amounts:
+    for name, wanted, free, total, unit, scale in amounts:
+        there = total if idle else min(free, total)  # measured apart, so more may be free than there is
         if wanted > there:
             have = max(there, 0) / scale
             found[name] = Miss(f"needs {wanted / scale:g} {unit}", there, f"the {most} {have:g} on {node.name}")
@@ -60,12 +61,13 @@ def _gpu_misses(need: Need, node: Node, *, idle: bool) -> dict[str, Miss]:
         kind = f" of model {need.shape.get('gpu_model')}" if need.model is not None else ""
         least = f" of compute capability {need.shape.get('min_compute_capability')}" if need.capability else ""
         return {"gpus": Miss(f"needs {count}{kind}{least}", len(right), f"the most on one node is {len(right)}")}
+    each = "one GPU" if need.gpus == 1 else f"each of {count}"
     wanted = max(need.gpu_memory_mb, need.gpu_memory_above_mb + 1 if need.gpu_memory_above_mb else 0)
     large = [gpu for gpu in right if gpu.total_mb >= wanted]
     if len(large) < need.gpus:
-        top = max(right, key=lambda gpu: gpu.total_mb)
-        what = f"needs {wanted} MB on {'one GPU' if need.gpus == 1 else f'each of {count}'}"
-        return {"gpu memory": Miss(what, top.total_mb, f"the largest GPU has {top.total_mb} MB on {node.name}")}
+        near, has = _nearest_memory([gpu.total_mb for gpu in right], len(large), need.gpus)
+        told = f"the largest GPU has {has} MB on {node.name}" if need.gpus == 1 else f"the most on one node is {has}"
+        return {"gpu memory": Miss(f"needs {wanted} MB on {each}", near, told)}
     if idle:
         return {}
     free = [gpu for gpu in large if gpu.share >= need.share]
@@ -76,11 +78,21 @@ def _gpu_misses(need: Need, node: Node, *, idle: bool) -> dict[str, Miss]:
         if need.gpus == 1:
             has = f"the most free of one is {max(top.share, 0) / WHOLE:g} on {node.name}"
         return {"gpu share": Miss(wants, len(free) + top.share / 1e6, has)}
-    if sum(gpu.memory_mb >= need.gpu_memory_mb for gpu in free) < need.gpus:
-        top = max(free, key=lambda gpu: gpu.memory_mb)
-        what = f"needs {need.gpu_memory_mb} MB on {'one GPU' if need.gpus == 1 else f'each of {count}'}"
-        return {"gpu memory": Miss(what, top.memory_mb, f"the largest free is {top.memory_mb} MB on {node.name}")}
+    enough = sum(gpu.memory_mb >= need.gpu_memory_mb for gpu in free)
+    if enough < need.gpus:
+        near, has = _nearest_memory([gpu.memory_mb for gpu in free], enough, need.gpus)
+        told = (
+            f"the largest free is {has} MB on {node.name}" if need.gpus == 1 else f"the most free on one node is {has}"
+        )
+        return {"gpu memory": Miss(f"needs {need.gpu_memory_mb} MB on {each}", near, told)}
     return {}
+
+
+def _nearest_memory(memories: Iterable[int], enough: int, wanted: int) -> tuple[float, int]:
+    """(how near it comes, what to say): of one GPU the largest memory; of several, how many have `enough`, for that
+    the largest has plenty would explain nothing."""
+    top = max(memories)
+    return (top, top) if wanted == 1 else (enough + top / 1e9, enough)
 
 
 def tally(need: Need, nodes: Iterable[Node], *, idle: bool) -> tuple[str, int, int]:
