@@ -45,6 +45,8 @@ VALIDATE_SLICE = 100  # jobs validated between two turns of the event loop
 MAX_WORKERS = 10_000
 ARRIVAL_SHARE = 1 / 6  # of a lease: how long a claimed job may be on its way before a worker without it has lost it
 LEAVING = "its machine is being taken away"  # a drain that ends when the node comes back
+BEFORE = "; cordoned before: "  # and what had been said of it
+BY_ITSELF = "by itself: "  # what the reason of a cordon begins with that nobody has ordered
 UNMOVED_SLACK_MS = 60_000  # beyond its grace, for who was asked to make way
 NODES_FAULT = frozenset({"exit", "spawn_failed"})  # ends that may be the node's fault
 LAPSES = frozenset({"lease_lapsed", "timeout", "never_started", "no_sign_of_life"})
@@ -105,7 +107,9 @@ class Dispatcher:
         self.marks: dict[str, NodeMark] = {}  # what is said of nodes
         self.matching = self._new_matching()
         self._trouble, self._black_holes = Trouble(), set[str]()
-        self.on_trouble: Callable[[str, str], None] = lambda node, why: None  # a node was cordoned by itself
+        self._cordoned: dict[str, str] = {}  # nodes that were cordoned by themselves, as far as it has been told
+        # A node was cordoned by itself, or a new leader finds one that is; "": that is over, or not this node's to say.
+        self.on_trouble: Callable[[str, str], None] = lambda node, why: None
 
     def _new_matching(self) -> Matching:
         """Nothing known yet: of nodes, of what runs, of who has had how much."""
@@ -172,7 +176,8 @@ class Dispatcher:
         self.matching.close()
         self.leases = LeaseTable(lease_ms=self.leases.lease_ms)
         self.matching = self._new_matching()
-        self._trouble, self._black_holes = Trouble(), set()
+        self._trouble, self._black_holes = Trouble(), set()  # what went well meanwhile, another has seen
+        self._tell_trouble({})
 
     def check_leads(self) -> None:
         """Raises Refused (503) unless this node leads and has taken up its term."""
@@ -327,8 +332,8 @@ class Dispatcher:
                 if member is not None and member.gang and member.attempt == item.attempt:
                     member.started_ms = self.steady_ms()
         mark = self.marks.get(worker)
-        if first and mark is not None and mark.reason == LEAVING:
-            await self.mark_node(worker, cordoned=False, draining=False, reason="it is back")
+        if first and mark is not None and mark.reason.startswith(LEAVING):
+            await self.mark_node(worker, draining=False, reason=mark.reason.partition(BEFORE)[2] or "it is back")
         if first:
             # Whatever its former self had asked for is in the books once this, behind it in the journal, is answered.
             await self.propose(c.Begin(self._clock.now_ms(), worker, ()))
@@ -562,6 +567,17 @@ class Dispatcher:
         self.marks = {mark.node: mark for mark in marks}
         words = {mark.node: "draining" if mark.draining else "cordoned" for mark in self.marks.values()}
         self.matching.bar(words)
+        self._tell_trouble(
+            {m.node: m.reason.removeprefix(BY_ITSELF) for m in self.marks.values() if m.reason.startswith(BY_ITSELF)}
+        )
+
+    def _tell_trouble(self, cordoned: dict[str, str]) -> None:
+        """Which nodes are cordoned by themselves now."""
+        before, self._cordoned = self._cordoned, cordoned
+        for node in sorted(before.keys() - cordoned.keys()):
+            self.on_trouble(node, "")
+        for node in sorted(cordoned.keys() - before.keys()):
+            self.on_trouble(node, cordoned[node])
 
     async def mark_node(
         self,
@@ -588,9 +604,12 @@ class Dispatcher:
 
     async def leave(self, worker: str, seconds: float) -> None:
         """A worker's machine will be taken away: what still runs there in `seconds` is asked to go elsewhere. The drain
-        ends when the worker comes back."""
+        ends when the worker comes back; an operator's own does not, nor does a cordon."""
         deadline_ms = self._clock.now_ms() + round(max(seconds, 0.0) * 1000)
-        await self.mark_node(worker, draining=True, deadline_ms=max(deadline_ms, 1), reason=LEAVING)
+        reason, mark = LEAVING, self.marks.get(worker)
+        if mark is not None:
+            reason = mark.reason if mark.draining else LEAVING + BEFORE + mark.reason
+        await self.mark_node(worker, draining=True, deadline_ms=max(deadline_ms, 1), reason=reason)
         await self.tick()
 
     async def tick(self) -> None:
@@ -678,8 +697,7 @@ class Dispatcher:
             if 3 * (len(self.marks) + 1) > len(self.rooms):
                 return
             why = f"{JOBS} different jobs in a row failed on it, and not on others"
-            await self.mark_node(node, cordoned=True, reason=f"by itself: {why}")
-            self.on_trouble(node, why)
+            await self.mark_node(node, cordoned=True, reason=BY_ITSELF + why)
 
     def _grant(self, event: Event) -> None:
         now, fields = self._clock.mono_ms(), event.fields

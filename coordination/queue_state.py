@@ -816,7 +816,7 @@ class QueueState:
         else:
             error = item.error or "failed"
             self._attempt_failed(
-                row,
+                row._replace(worker=item.worker),  # of a gang the one that failed, not its first
                 f"rank {rank} on {item.worker}: {error}" if rank >= 0 else error,
                 item.exit_code,
                 item.retryable,

@@ -439,12 +439,8 @@ class Node:
         return address.rpartition(":")[0].strip("[]") if address else "127.0.0.1"
 
     def _cordoned(self, node: str, why: str) -> None:
-        self._alerts.raise_alert(
-            f"node_cordoned:{node}",
-            f"node {node} was cordoned: {why}; see its logs, then: POST /nodes/{node}/uncordon",
-            self.clock.now_ms(),
-            severity="critical",
-        )
+        message = f"node {node} was cordoned: {why}; see its logs, then: POST /nodes/{node}/uncordon"
+        self._alert(f"node_cordoned:{node}", message if why else "")
 
     def _fatal(self, why: str) -> None:
         """The journal or the state failed: leave word for the next start, and end at once."""
