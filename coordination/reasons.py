@@ -65,8 +65,8 @@ def _gpu_misses(need: Need, node: Node, *, idle: bool) -> dict[str, Miss]:
     wanted = max(need.gpu_memory_mb, need.gpu_memory_above_mb + 1 if need.gpu_memory_above_mb else 0)
     large = [gpu for gpu in right if gpu.total_mb >= wanted]
     if len(large) < need.gpus:
-        near, has = _nearest_memory([gpu.total_mb for gpu in right], len(large), need.gpus)
-        told = f"the largest GPU has {has} MB on {node.name}" if need.gpus == 1 else f"the most on one node is {has}"
+        near, most = _nearest_memory([gpu.total_mb for gpu in right], len(large), need.gpus)
+        told = f"the largest GPU has {most} MB on {node.name}" if need.gpus == 1 else f"the most on one node is {most}"
         return {"gpu memory": Miss(f"needs {wanted} MB on {each}", near, told)}
     if idle:
         return {}
@@ -80,10 +80,9 @@ def _gpu_misses(need: Need, node: Node, *, idle: bool) -> dict[str, Miss]:
         return {"gpu share": Miss(wants, len(free) + top.share / 1e6, has)}
     enough = sum(gpu.memory_mb >= need.gpu_memory_mb for gpu in free)
     if enough < need.gpus:
-        near, has = _nearest_memory([gpu.memory_mb for gpu in free], enough, need.gpus)
-        told = (
-            f"the largest free is {has} MB on {node.name}" if need.gpus == 1 else f"the most free on one node is {has}"
-        )
+        near, most = _nearest_memory([gpu.memory_mb for gpu in free], enough, need.gpus)
+        one, many = f"the largest free is {most} MB on {node.name}", f"the most free on one node is {most}"
+        told = one if need.gpus == 1 else many
         return {"gpu memory": Miss(f"needs {need.gpu_memory_mb} MB on {each}", near, told)}
     return {}
 
