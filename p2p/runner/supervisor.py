@@ -72,8 +72,8 @@ class Supervisor:
         return [a for a in self._sessions.values() if a.memory_limit_mb and (a.group is None or not a.group.holds)]
 
     def roots(self) -> dict[int, Attempt]:
-        """The unreaped leaders and strays: every process of a job is one of them or descends from one. Nobody tells when
-        an orphan becomes ours, so they are looked for."""
+        """The unreaped leaders and strays: every process of a job is one of them or descends from one. Nobody tells
+        when an orphan becomes ours, so they are looked for."""
         self._adopt()
         roots = {stray: owner for stray, owner in self._strays.items() if owner is not None}
         return {**roots, **self._leaders}
