@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 from tests.nodes import wait_until
 from tests.runbook.deployment import Outcome
-from tests.runbook.fleet import VOTERS, Fleet
+from tests.runbook.fleet import VOTERS, Box, Fleet
 
 Steps = Generator[None, Outcome, None]
 SCENES: dict[str, Callable[[Fleet], Steps]] = {}
@@ -299,6 +303,54 @@ def back_up(f: Fleet) -> Steps:
 def a_full_disk(f: Fleet) -> Steps:
     done = yield
     assert "data/box-1/raft.db" in done.output
+
+
+@scene("A job's log")
+def a_jobs_log(f: Fleet) -> Steps:
+    go = f["box-2"].home / "go"
+    go.unlink(missing_ok=True)
+    script = f'for n in 1 2 3 4 5 6; do echo "line $n"; done; while [ ! -e {go} ]; do sleep 0.1; done; echo last'
+    job = f.here.submit("sh", "-c", script, requires={"node": "box-2", "cpus": 0.1})
+    f.here.wait_for(job, "running")
+    wait_until(lambda: b"line 6" in f.here.page(f"/jobs/{job}/logs"))
+    done = yield
+    assert "line 1\n" not in done.output
+    assert "line 2\nline 3\nline 4\nline 5\nline 6\n" in done.output
+    headers = {line.partition(": ")[0].lower(): line.partition(": ")[2].strip() for line in done.output.splitlines()}
+    assert (headers["x-p2p-log-size"], headers["x-p2p-node"]) == ("42", "box-2")
+    # While it is followed, the node that has it is killed and comes back.
+    threading.Thread(target=_kill_and_start, args=(f["box-2"], go)).start()
+    done = yield
+    assert done.output.splitlines()[-1] == "47 followed"
+    assert (f.here.project / "followed").read_text() == "".join(f"line {n}\n" for n in range(1, 7)) + "last\n"
+    assert f.here.wait_for(job, "completed")["attempt"] == 1
+
+
+def _kill_and_start(box: Box, go: Path) -> None:
+    time.sleep(1)
+    box.kill()
+    time.sleep(1)
+    box.launch()
+    wait_until(box.ready, seconds=30)
+    go.touch()
+
+
+@scene("Memory limits")
+def memory_limits(f: Fleet) -> Steps:
+    f.lead("box-1")
+    hog = "x = bytearray(200 << 20); __import__('time').sleep(600)"
+    for name in VOTERS:
+        requires = {"node": name, "cpus": 0.1, "memory_mb": 50}
+        job = f.here.submit("python", "-c", hog, requires=requires, max_attempts=1)
+        assert f.here.wait_for(job, "failed")["reason"] == "memory_limit"
+    done = yield
+    assert "killed: used more than its memory limit of 50 MB" in done.output
+    done = yield
+    for name in VOTERS:
+        assert re.search(rf"^{name}: .*memory limits are (held by cgroups below|watched, not held)", done.output, re.M)
+    yield
+    assert f.here.settings["work"]["memory_policy"] == "kill"
+    f.quick()
 
 
 @scene("Settings that matter")

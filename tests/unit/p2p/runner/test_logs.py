@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import re
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -235,21 +236,21 @@ def test_tail_reaches_back_over_a_cut(tmp_path):
 
 
 @pytest.fixture
-def disk_use() -> Iterator[Callable[[Path], Callable[[], int]]]:
-    """Watches a folder's use of the disk as fast as it can; the highest seen."""
+def disk_use() -> Iterator[Callable[[Path], list[int]]]:
+    """Looks at a folder's use of the disk every millisecond or so."""
     stop, threads = threading.Event(), []
 
-    def watch(folder: Path) -> Callable[[], int]:
-        seen = [0]
+    def watch(folder: Path) -> list[int]:
+        seen: list[int] = []
 
         def look() -> None:
             while not stop.is_set():
-                seen[0] = max(seen[0], sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder)))
+                seen.append(sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder)))
                 time.sleep(0.001)
 
         threads.append(threading.Thread(target=look))
         threads[-1].start()
-        return lambda: seen[0]
+        return seen
 
     yield watch
     stop.set()
@@ -262,10 +263,10 @@ async def test_fast_writer_is_held_to_its_cap(running, disk_use):
     cap = 16 << 20
     spec = await running.start("job", "/usr/bin/yes", log_cap_bytes=cap)
     await running.reported("job", "running")
-    highest = disk_use(Path(spec.directory))
+    on_disk = disk_use(Path(spec.directory))
     seen = 0
     async with asyncio.timeout(60):
-        while seen < 200 * cap:
+        while seen < 60 * cap:
             (sample,) = await running.client.sample()
             assert sample.stdout_bytes >= seen, "the total only grows"
             seen = sample.stdout_bytes
@@ -275,8 +276,9 @@ async def test_fast_writer_is_held_to_its_cap(running, disk_use):
     kept = stream.look()
     assert kept.size >= seen and kept.size - kept.start <= cap
     assert set(b"".join(piece for _, piece in stream.chunks(kept.start, kept.size))) == {ord("y"), ord("\n")}
-    # What is seen on two cores that do other things too is 1 to 3 times the cap; by looking every 50 ms it was 10.
-    assert highest() < 8 * cap
+    # The highest is 2 to 3 times the cap on two cores (by looking every 50 ms: 11), but who else wants the cores
+    # decides that; the median is 1 (by looking every 50 ms: 5).
+    assert statistics.median(on_disk) < 2.5 * cap
 
 
 async def test_burst_that_ends_between_two_looks_is_cut_before_the_end_is_told(running):
