@@ -254,6 +254,34 @@ def test_a_log_is_read_on_when_the_node_that_has_it_is_back(
     assert reader.at == size
 
 
+def test_who_has_just_started_does_not_call_a_log_whole(cluster: ClusterProcesses, tmp_path: Path) -> None:
+    """Without a leader it is not known yet, after a start, what runs here. Whoever follows a job stays."""
+    leader, (through, other) = cluster.leader(), voters_behind(cluster)
+    at, gate = cluster[HIDDEN], tmp_path / "gate"
+    job = at.submit(**gated(gate, tmp_path / "ledger", at))
+    at.wait_for(job, "running")
+    cluster.wait_equal()
+    leader.freeze()
+    other.freeze()
+    wait_until(lambda: through.status()["leader_id"] is None)
+    at.kill()
+    at.start(wait=False)
+    wait_until(lambda: through.request("GET", f"/jobs/{job}/logs") == (200, "begun\n"), seconds=30)
+    reader, seen = Reader(through, job, follow=1), b""
+    pieces = reader.pieces()
+    seen += next(pieces)
+    opener = threading.Timer(1.5, lambda: (leader.thaw(), other.thaw(), gate.touch()))
+    opener.start()
+    try:
+        for piece in pieces:
+            seen += piece
+    finally:
+        opener.join()
+    assert seen == b"begun\nopened\n"
+    at.wait_ready()
+    assert through.wait_for(job, "completed")["attempt"] == 1
+
+
 def test_a_cancel_reaches_a_worker_that_nobody_can_dial(cluster: ClusterProcesses, tmp_path: Path) -> None:
     at = cluster[HIDDEN]
     job = cluster["n2"].submit(**gated(tmp_path / "gate", tmp_path / "ledger", at, grace_seconds=1))

@@ -170,6 +170,23 @@ def test_a_fast_writer_a_cutter_and_a_reader_never_mix_anything_up(written, requ
     assert at > 10 * CAP
 
 
+def test_a_cut_that_comes_between_looking_and_reading_is_noticed(tmp_path, monkeypatch):
+    """By then the place that was looked up is another's."""
+    written, real, cuts = Written(tmp_path / "stdout", holes=False), Stream._read, []
+    written.write(bytes(range(256)) * 1_000)
+
+    def read(stream: Stream, cut: Cut, offset: int, most: int) -> tuple[int, bytes]:
+        if not cuts:
+            cuts.append(written.cap.enforce())
+            written.write(bytes(range(256)) * 100)
+        return real(stream, cut, offset, most)
+
+    monkeypatch.setattr(Stream, "_read", read)
+    offset, piece = written.stream.read(1_000, 100)
+    assert cuts == [True] and offset > 1_000
+    assert piece == written.data[offset : offset + 100]
+
+
 def test_a_file_system_without_holes_is_told_from_one_with_them(tmp_path, monkeypatch):
     def refuse(*_: object) -> int:
         logs.ctypes.set_errno(errno.EOPNOTSUPP)

@@ -8,7 +8,15 @@ import msgpack
 import pytest
 
 from p2p.runner.address import SocketAddress
-from p2p.runner.protocol import MAX_FRAME_BYTES, PROTOCOL, FrameReader, ProtocolError, StartSpec, pack
+from p2p.runner.protocol import (
+    MAX_FRAME_BYTES,
+    PROTOCOL,
+    ActivitySample,
+    FrameReader,
+    ProtocolError,
+    StartSpec,
+    pack,
+)
 
 SPEC = {"job": "j", "attempt": 1, "argv": ["true"], "env": {}, "directory": "/tmp/x"}
 WHOLE = StartSpec(**SPEC).to_wire()
@@ -66,12 +74,29 @@ def test_spec_survives_the_wire():
         {"log_cap_bytes": 1.5},
         {"log_cap_bytes": -1},
         {"log_cap_bytes": 2**63},
+        {"memory_limit_mb": -1},
+        {"memory_limit_mb": "1"},
+        {"memory_limit_mb": True},
+        {"memory_limit_mb": 2**50},
+        {"memory_kill": 1},
+        {"memory_group": None},
     ],
     ids=str,
 )
 def test_illegal_spec_is_refused(change):
     with pytest.raises(ProtocolError):
         StartSpec.from_wire({**WHOLE, **change})
+
+
+def test_a_pair_of_different_versions_understand_each_other():
+    """What one side does not know yet it leaves away or passes over."""
+    sample = ActivitySample(
+        job="j", attempt=1, cpu_seconds=1.0, rss_mb=1.0, stdout_bytes=0, stderr_bytes=0, progress_mtime_ms=0
+    )
+    old = {name: value for name, value in sample.to_wire().items() if name != "over_memory_mb"}
+    assert ActivitySample.from_wire(old) == sample
+    assert ActivitySample.from_wire({**sample.to_wire(), "of_the_future": 1}) == sample
+    assert StartSpec.from_wire({**WHOLE, "of_the_future": 1}) == StartSpec.from_wire(WHOLE)
 
 
 HELLO = pack("hello", protocol=PROTOCOL)
