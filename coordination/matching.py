@@ -355,7 +355,7 @@ class Matching:
                 group=key.group,
                 kind=key.kind,
                 priority=claimed.priority,
-                preemptible=key.preemptible,
+                preemptible=key.preemptible and not decision.owed,
                 started_ms=now,
                 ends_ms=now + limit if claimed.timeout_ms else NEVER,
                 grace_ms=held.grace_ms,

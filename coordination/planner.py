@@ -7,15 +7,18 @@ nodes, never jobs. A round takes the lanes' heads in order:
     in it, kinds below their floor before the others
     then the higher priority, then first come first served
 
-and gives each the best node that is open to it (`coordination.fleet`). A head that fits nowhere now has room kept for
-it where it will fit soonest (`coordination.reservations`); others use that room only if that cannot make it later. So
-the least served group, and in it the kind below its floor, waits for what runs to end and never for what comes after
-it. Only who is more important and comes first in the order too may pass, and never a kind below its floor.
+and gives each the best node that is open to it (`coordination.fleet`). When a head is about to be overtaken, on a node
+that could serve it, by what comes after it, room is kept for it where it will fit soonest, and others use that room
+only if that cannot make it later (`coordination.reservations`). So the least served group, and in it the kind below its
+floor, waits for what runs to end and not for what comes after it. Only who is more important and comes first in the
+order too may pass, and never a kind below its floor. Jobs of one size never need it: whose turn it is is decided when
+the room is there, not before.
 
 A head of much higher priority than what runs may have it stopped (`Preemption`): fewest and least important first, on
-one node (of each rank), and the room is kept for it. Nobody is stopped for a group that has had more than his, nor of a
-kind below its floor: else these rules would start work and that one end it, for ever. The victims are asked by SIGTERM,
-have their grace, keep their checkpoints and lose no attempt; that is the dispatcher's and the worker's business.
+one node (of each rank), and the room is kept for it. Nobody is stopped for a group that has had more than his, nor who
+was started before more urgent work because his kind was below its floor: else those rules would start work and this one
+end it, for ever. The victims are asked by SIGTERM, have their grace, keep their checkpoints and lose no attempt; that
+is the dispatcher's and the worker's business.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from coordination.shares import Shares
 
 MAX_RESERVATIONS = 8
 LOOK_AGAIN_MS = 1_000  # between two looks at all nodes for the same lane
+SETTLE_MS = 5_000  # from an end to the node's word that it is free; then room is looked for elsewhere
 MAX_LOOKS = 8  # at all nodes, in one round
 
 
@@ -56,11 +60,15 @@ class Lane:
 
 
 class Assignment(NamedTuple):
-    """A decision: this job goes to these nodes, to these GPUs (uuids) of each. More than one node: a gang, by rank."""
+    """A decision: this job goes to these nodes, to these GPUs (uuids) of each. More than one node: a gang, by rank.
+
+    `owed`: it came before more urgent work because its kind was below its floor, and is not to be stopped for that.
+    """
 
     seq: int
     lane: int
     members: tuple[tuple[str, tuple[str, ...]], ...]
+    owed: bool = False
 
 
 class Preemption(NamedTuple):
@@ -90,10 +98,14 @@ Key = tuple[float, bool, int, int]
 
 @dataclass(slots=True)
 class _Round:
+    """`waiting` is complete once every lane before the one in hand has been looked at; see `_keep_room`."""
+
     now: int
     below: set[str]  # kinds below their floor
     plan: Plan
     looks: int = MAX_LOOKS
+    passed_over: bool = False  # a head found no node that is not kept for another
+    waiting: list[tuple[Key, int]] | None = None  # blocked lanes for which no room is kept, in order
 
 
 @dataclass(slots=True)
@@ -249,7 +261,7 @@ class Planner:
         """Decides for these lanes (all, if none are named) what can be decided now. What is assigned is spoken for, and
         taken from its nodes, until it is `settled`. `thorough`: room is kept and work is stopped even if nobody waits
         for work."""
-        this = _Round(now, self._below(now), Plan([], []))
+        this = _Round(now, self._below(now), Plan([], []), waiting=[] if lanes is None else None)
         queue = []
         for lane in self.lanes.values() if lanes is None else [self.lanes[n] for n in lanes if n in self.lanes]:
             head = self._head(lane)
@@ -267,8 +279,10 @@ class Planner:
                 heapq.heappush(queue, (fresh, number))
                 continue
             members = self._find(lane, head, fresh, this)
+            if members is not None and self._keep_room(lane, fresh, members, this):
+                members = self._find(lane, head, fresh, this)
             if members is None:
-                self._is_blocked(lane, head, this)
+                self._is_blocked(lane, head, fresh, this)
                 continue
             this.plan.assignments.append(self._assign(lane, head, members, this))
             following = self._head(lane)
@@ -283,7 +297,6 @@ class Planner:
             best = self.fleet.best(need)
             return None if best is None else [best]
         wanted = self.fleet.could(need) or need
-        over = this.now + lane.bound_ms if lane.bound_ms else NEVER
 
         def passes(kept: Reservation) -> bool:
             return self._passes(head, key, kept, this)
@@ -291,7 +304,7 @@ class Planner:
         found: list[Candidate] = []
         with closing(self.fleet.candidates(need)) as candidates:
             for candidate in candidates:
-                usable = self.kept.usable(candidate, wanted, lane.number, over, passes)
+                usable = self.kept.usable(candidate, wanted, lane.number, this.now, lane.bound_ms, passes)
                 if usable is not None:
                     found.append(usable)
                     if len(found) == need.nodes:
@@ -332,6 +345,7 @@ class Planner:
                     ends_ms=this.now + lane.bound_ms if lane.bound_ms else NEVER,
                 )
             )
+        owed = lane.kind in this.below and self._anything_as_urgent_as(head.priority + self.policy.preempt_gap)
         for attempt in attempts:
             self.began(attempt, this.now)
         if lane.kind in this.below:
@@ -339,12 +353,16 @@ class Planner:
         self.spoken_for.add(head.seq)
         self.kept.started(lane.number, attempts)
         self._blocked.pop(lane.number, None)
-        return Assignment(head.seq, lane.number, tuple(told))
+        return Assignment(head.seq, lane.number, tuple(told), owed)
+
+    def _anything_as_urgent_as(self, priority: int) -> bool:
+        heads = (self._head(lane) for lane in self.lanes.values())
+        return any(head is not None and head.priority >= priority for head in heads)
 
     # -- room and preemption ----------------------------------------------------------------------------------------
 
-    def _is_blocked(self, lane: Lane, head: Head, this: _Round) -> None:
-        """The head fits nowhere now: keep room for it, and have others make way if it is that important."""
+    def _is_blocked(self, lane: Lane, head: Head, key: Key, this: _Round) -> None:
+        """The head fits nowhere now: have others make way if it is that important; see to the room kept for it."""
         blocked = self._blocked.get(lane.number)
         if blocked is None:
             blocked = self._blocked[lane.number] = _Blocked(head.seq, this.now)
@@ -355,29 +373,75 @@ class Planner:
             kept.seq = head.seq  # its jobs are equal; another may have come before
             if kept.preempts and kept.awaited:
                 return
-        if this.looks <= 0 or this.now < blocked.again_ms:
-            return
         waited = this.now - blocked.since_ms >= self.policy.preempt_after_ms
-        if waited and (kept is None or not kept.preempts) and self._preempt(lane, head, this):
+        if waited and this.looks > 0 and (kept is None or not kept.preempts) and self._preempt(lane, head, this):
             return
-        if kept is None and len(self.reservations) >= self.policy.reservations:
+        if kept is None:
+            if this.waiting is not None:
+                this.waiting.append((key, lane.number))
             return
-        if kept is None or this.now >= kept.until_ms or not kept.awaited:
-            self._look(lane, head, kept, this)
+        if kept.until_ms == NEVER and not kept.awaited:
+            kept.until_ms = this.now  # nobody knew when, and now it is
+        if this.now >= kept.until_ms + SETTLE_MS:
+            self._look(lane, head, this)
 
-    def _look(self, lane: Lane, head: Head, kept: Reservation | None, this: _Round) -> None:
+    def _keep_room(self, lane: Lane, key: Key, members: list[Candidate], this: _Round) -> bool:
+        """A lane is about to use these nodes: room is kept for those before it that one of them could serve. Whether
+        any was."""
+        most = self.policy.reservations
+        if not self._blocked or len(self.reservations) >= most:
+            return False
+        if this.waiting is None:
+            this.waiting = self._all_waiting(this)
+        nodes = [self.fleet.nodes[member.name] for member in members]
+        had, left = len(self.reservations), []
+        for item in this.waiting:
+            other = self.lanes[item[1]]
+            head, need = self._head(other), self.fleet.could(other.need)
+            if item[0] >= key or this.looks <= 0 or len(self.reservations) >= most:
+                left.append(item)
+            elif head is None or need is None or other is lane or this.now < self._blocked[item[1]].again_ms:
+                continue
+            elif any(node.admits(need) is not None for node in nodes):
+                self._look(other, head, this)
+            else:
+                left.append(item)
+        this.waiting = left
+        return len(self.reservations) > had
+
+    def _all_waiting(self, this: _Round) -> list[tuple[Key, int]]:
+        found = []
+        for number in self._blocked:
+            if number not in self.reservations:
+                lane = self.lanes[number]
+                head = self._head(lane)
+                if head is not None:
+                    found.append((self._key(lane, head, this), number))
+        return sorted(found)
+
+    def _look(self, lane: Lane, head: Head, this: _Round) -> None:
         """Keeps room where the head will fit soonest; nowhere, if it never will."""
         this.looks -= 1
-        self._blocked[lane.number].again_ms = this.now + LOOK_AGAIN_MS
-        need = self.fleet.could(lane.need)
-        found = None
-        if need is not None:
-            found = self.kept.look(lane.number, head.seq, need, lane.bound_ms, this.now)
-        if found is None:
+        kept, need = self.reservations.get(lane.number), self.fleet.could(lane.need)
+        if need is None:
             self.kept.drop(lane.number)
+            return
+        about = (lane.number, head.seq, need, lane.bound_ms, this.now)
+        found = self.kept.look(*about)
+        if found is None and need.nodes > 1 and not this.passed_over and not self._one_is_behind(lane):
+            # The nodes of a gang are never all without a reservation at one moment: it lines up behind those there are.
+            found = self.kept.look(*about, behind=True)
+        if found is None:
+            this.passed_over = True
+            self.kept.drop(lane.number)
+            if not self.kept.on:  # nothing is promised to others: what is in its way is not ours to wait for
+                self._blocked[lane.number].again_ms = this.now + LOOK_AGAIN_MS
             return
         found.preempts = kept is not None and kept.preempts and kept.members.keys() == found.members.keys()
         self.kept.keep(found)
+
+    def _one_is_behind(self, lane: Lane) -> bool:
+        return any(on[-1].lane != lane.number for on in self.kept.on.values() if len(on) > 1)
 
     def _preempt(self, lane: Lane, head: Head, this: _Round) -> bool:
         """Has the least important work that is in the way stopped. False if that would not help."""
@@ -395,7 +459,7 @@ class Planner:
                 and attempt.priority <= head.priority - self.policy.preempt_gap
                 and attempt.need.nodes == 1
                 and (attempt.kind not in this.below or lane.kind in this.below)
-                and (attempt.group == lane.group or self.shares.of_group(attempt.group, this.now) > share)
+                and (attempt.group == lane.group or self.shares.of_group(attempt.group, this.now, attempt.part) > share)
             )
 
         options: list[_Victims] = []

@@ -115,12 +115,18 @@ class Reservations:
 
     # -- where and when ---------------------------------------------------------------------------------------------
 
-    def look(self, lane: int, seq: int, need: Need, bound_ms: int, now: int) -> Reservation | None:
+    def look(
+        self, lane: int, seq: int, need: Need, bound_ms: int, now: int, *, behind: bool = False
+    ) -> Reservation | None:
         """Room where the job will fit soonest, as things stand; None if it never will: what is in its way is not ours
-        to wait for."""
+        to wait for. A node is kept for one job at a time, so that whose turn is next is decided as late as it can be;
+        `behind`: or for one more, after that."""
         own = self.by_lane.get(lane)
         best: list[Option] = []
         for node in self._fleet.nodes.values():
+            on = self.on.get(node.name)
+            if on is not None and not behind and on[0] is not own:
+                continue
             if node.admits(need) is not None:
                 full = len(best) == need.nodes
                 option = self._soonest(node, need, now, best[-1].until_ms if full else NEVER, own)
@@ -180,28 +186,41 @@ class Reservations:
                 after.append(step)
             places += 1
             until = max(until, step.ends_ms)
-            unknown += step.ends_ms >= NEVER
+            unknown += not now <= step.ends_ms < NEVER  # what should have ended may take any time
         return Option(until, unknown, not mine, name, later, awaited, after)
 
     # -- who may use the room until then ------------------------------------------------------------------------------
 
     def usable(
-        self, candidate: Candidate, need: Need, lane: int, over_ms: int, passes: Callable[[Reservation], bool]
+        self,
+        candidate: Candidate,
+        need: Need,
+        lane: int,
+        now: int,
+        bound_ms: int,
+        passes: Callable[[Reservation], bool],
     ) -> Candidate | None:
         """The candidate, perhaps with other GPUs, if serving the need there makes no reserved job later; None if it
-        would. `over_ms`: when it will have ended; `passes`: for whom the promise does not count."""
+        would. `passes` says whose promises do not count."""
         on = self.on.get(candidate.name)
         if on is None:
             return candidate
         own = self.by_lane.get(lane)
         before = on[: on.index(own)] if own is not None and own in on else on
-        binding = [kept for kept in before if not (over_ms <= kept.until_ms < NEVER or passes(kept))]
+
+        def ends_first(kept: Reservation) -> bool:
+            return bool(bound_ms) and now + bound_ms <= kept.until_ms < NEVER
+
+        binding = [kept for kept in before if not (ends_first(kept) or passes(kept))]
         if own is not None and own in on:
-            behind = [kept for kept in on[len(before) + 1 :] if over_ms > kept.until_ms or kept.until_ms >= NEVER]
+            # It may come early, but by other GPUs than were kept for it only if that makes nobody behind it late.
+            behind = [kept for kept in on[len(before) + 1 :] if own not in kept.after and not ends_first(kept)]
             for gpus in (candidate.gpus, own.members[candidate.name]):
-                if self._leaves_room(candidate.name, need, gpus, [*binding, *behind]):
+                if self._leaves_room(candidate.name, need, gpus, [*binding, *behind], own):
                     return candidate._replace(gpus=gpus)
-        if self._leaves_room(candidate.name, need, candidate.gpus, binding):
+            if now < own.until_ms:
+                return None
+        if self._leaves_room(candidate.name, need, candidate.gpus, binding, own):
             return candidate
         if not need.gpus:
             return None
@@ -213,32 +232,34 @@ class Reservations:
         if len(free) < need.gpus:
             return None
         gpus = self._fleet.score(need, node, free)[1]
-        return candidate._replace(gpus=gpus) if self._leaves_room(candidate.name, need, gpus, binding) else None
+        return candidate._replace(gpus=gpus) if self._leaves_room(candidate.name, need, gpus, binding, own) else None
 
-    def _leaves_room(self, name: str, need: Need, gpus: tuple[int, ...], binding: Iterable[Reservation]) -> bool:
+    def _leaves_room(
+        self, name: str, need: Need, gpus: tuple[int, ...], binding: Iterable[Reservation], own: Reservation | None
+    ) -> bool:
         node = self._fleet.nodes[name]
         free = node.fitting(need)
         if free is None or not set(gpus).issubset(free):
             return False
         for kept in binding:
-            later, places = self._when_it_starts(kept, name)
+            later, places = self._when_it_starts(kept, name, own)
             later.take(need, gpus)
             free = later.fitting(kept.need)
             if places < 2 or free is None or not set(kept.members[name]).issubset(free):
                 return False
         return True
 
-    def _when_it_starts(self, kept: Reservation, name: str) -> tuple[Node, int]:
-        """The node and its places then, but for the reserved job itself."""
+    def _when_it_starts(self, kept: Reservation, name: str, own: Reservation | None) -> tuple[Node, int]:
+        """The node and its places then, but for the reserved job itself and for what `own` keeps."""
         node, places = self._fleet.nodes[name].copy(), self._places.get(name, 0)
-        for attempt in kept.awaited:
-            if attempt.node == name:
+        for attempt in self._occupancy.on(name):
+            if attempt in kept.awaited or attempt.ends_ms <= kept.until_ms < NEVER:
                 node.give(attempt.need, node.numbers(attempt.gpus))
                 places += 1
         for earlier in self.on[name]:
             if earlier is kept:
                 break
-            if earlier not in kept.after:
+            if earlier is not own and earlier not in kept.after:
                 node.take(earlier.need, earlier.members[name])
                 places -= 1
         return node, places

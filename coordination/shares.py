@@ -53,9 +53,9 @@ class Shares:
             use.upto(now, self._half_life_ms)
             use.now = max(use.now + part, 0.0)
 
-    def of_group(self, group: str, now: int) -> float:
-        """What the group has had for its weight."""
-        return self._groups[group].upto(now, self._half_life_ms) / max(self.weights.get(group, 1.0), 1e-9)
+    def of_group(self, group: str, now: int, less: float = 0.0) -> float:
+        """What the group has had for its weight; `less`: but for this part that it holds now."""
+        return (self._groups[group].upto(now, self._half_life_ms) - less) / max(self.weights.get(group, 1.0), 1e-9)
 
     def kinds_below_floor(self, kinds: set[str], now: int) -> set[str]:
         """Those of `kinds`, and of the kinds that have had anything, that have had less than their floor of all use."""

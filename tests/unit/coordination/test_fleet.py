@@ -1,4 +1,4 @@
-"""For each need the best node that could take it now, without a look at every node each time."""
+"""The best open node for a need, without a look at every node each time: what a look at all of them would say."""
 
 from __future__ import annotations
 
@@ -6,242 +6,216 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from coordination.fleet import Candidate, Fleet
+from coordination.fleet import Fleet
 from coordination.placement import Need, Node
-from coordination.scoring import RoomScoring
-from tests.unit.coordination.placing import gpu, need, needs, node, nodes
+from tests.unit.coordination.scheduling import FirstGpus, Packed, box, need
 
 
-class Costs:
-    """Costs by node, as a test says; counts how often it is asked."""
-
-    def __init__(self, **by_name: float) -> None:
-        self.by_name, self.epoch, self.asked = by_name, 0, list[str]()
-
-    def cost(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
-        self.asked.append(node.name)
-        return self.by_name[node.name], tuple(free[: need.gpus])
+def fleet(*nodes: Any, scoring: Any = None) -> Fleet:
+    made = Fleet(scoring or Packed())
+    for offer in nodes:
+        made.put(Node.of(offer))
+        made.set_open(offer.node, True)
+    return made
 
 
-def fleet_of(scoring: Any, *nodes: Node) -> Fleet:
-    """All of them open."""
-    fleet = Fleet(scoring)
-    for each in nodes:
-        fleet.put(each)
-        fleet.set_open(each.name, True)
-    return fleet
-
-
-def best(fleet: Fleet, wanted: Need) -> str | None:
-    found = fleet.best(wanted)
+def best(made: Fleet, wanted: Need) -> str | None:
+    found = made.best(wanted)
     return found.name if found is not None else None
 
 
-PLAIN = need()
+def test_only_open_nodes_are_candidates() -> None:
+    made = fleet(box("a"), box("b"))
+    made.set_open("a", False)
+    assert best(made, need()) == "b"
+    made.set_open("b", False)
+    assert best(made, need()) is None
+    made.set_open("a", True)
+    assert best(made, need()) == "a"
 
 
-def test_the_least_cost_is_best_and_equals_are_settled_by_name() -> None:
-    costs = Costs(a=2, b=1, c=1)
-    assert best(fleet_of(costs, node("c"), node("b"), node("a")), PLAIN) == "b"
+def test_what_is_taken_and_given_moves_the_choice() -> None:
+    made, wanted = fleet(box("a", cpus=2), box("b", cpus=3)), need(cpus=2)
+    assert best(made, wanted) == "a"
+    made.take(wanted, "a", ())
+    assert best(made, wanted) == "b"
+    made.give(wanted, "a", ())
+    assert best(made, wanted) == "a"
 
 
-def test_only_a_node_that_has_changed_is_scored_again() -> None:
-    costs = Costs(a=1, b=2, c=3)
-    fleet = fleet_of(costs, node("a", cpus=1), node("b"), node("c"))
-    assert best(fleet, PLAIN) == "a"
-    costs.asked.clear()
-    fleet.take(PLAIN, "a", ())
-    assert best(fleet, PLAIN) == "b"
-    assert best(fleet, PLAIN) == "b"
-    fleet.give(PLAIN, "a", ())
-    assert best(fleet, PLAIN) == "a"
-    assert costs.asked == ["a"]
+def test_candidates_come_best_first_and_are_all_there_again() -> None:
+    made, wanted = fleet(*(box(f"n{n}", cpus=n) for n in (5, 3, 9, 1))), need(cpus=2)
+    for _ in range(3):
+        assert [found.name for found in made.candidates(wanted)] == ["n3", "n5", "n9"]
+    assert next(iter(made.candidates(wanted))).name == "n3"
+    assert best(made, wanted) == "n3"
 
 
-def test_once_opinions_have_changed_the_best_is_scored_anew_until_it_stays_the_best() -> None:
-    costs = Costs(a=1, b=2, c=3, d=9)
-    fleet = fleet_of(costs, *map(node, "abcd"))
-    assert best(fleet, PLAIN) == "a"
-    costs.by_name.update(a=5, b=6)
-    assert best(fleet, PLAIN) == "a", "nobody has said so"
-    costs.epoch += 1
-    costs.asked.clear()
-    assert best(fleet, PLAIN) == "c"
-    assert costs.asked == ["a", "b", "c"], "not the one that was far behind"
-    assert best(fleet, PLAIN) == "c"
-    assert costs.asked == ["a", "b", "c"]
+def test_node_that_is_gone_is_no_candidate() -> None:
+    made = fleet(box("a"), box("b", cpus=9))
+    assert best(made, need()) == "a"
+    made.remove("a")
+    made.remove("never there")
+    assert best(made, need()) == "b"
+    assert made.open == {"b"}
 
 
-@pytest.mark.parametrize("change", ["taken", "closed", "removed", "filled by others"])
-def test_an_old_opinion_never_brings_back_a_node_that_no_longer_fits(change: str) -> None:
-    costs = Costs(a=1, b=2)
-    fleet = fleet_of(costs, node("a", cpus=1), node("b"))
-    assert best(fleet, PLAIN) == "a"
-    match change:
-        case "taken":
-            fleet.take(PLAIN, "a", ())
-        case "closed":
-            fleet.set_open("a", False)
-        case "removed":
-            fleet.remove("a")
-        case _:
-            full = node("a", cpus=1)
-            full.cpu_milli = 0
-            fleet.put(full)
-    costs.epoch += 1
-    assert best(fleet, PLAIN) == "b"
-    fleet.set_open("b", False)
-    assert fleet.best(PLAIN) is None
+def test_the_object_that_stands_for_a_node_stays_while_its_kind_does() -> None:
+    made = fleet(box("a"))
+    node = made.nodes["a"]
+    assert made.put(Node.of(box("a"))) is node
+    assert made.put(Node.of(box("a", cpus=4))) is not node
 
 
-def test_a_node_that_opens_again_is_looked_at_again() -> None:
-    fleet = fleet_of(Costs(a=1), node("a"))
-    assert best(fleet, PLAIN) == "a"
-    fleet.set_open("a", False)
-    assert best(fleet, PLAIN) is None
-    fleet.set_open("a", True)
-    assert best(fleet, PLAIN) == "a"
+def test_new_node_may_serve_what_none_could() -> None:
+    made, wanted = fleet(box("a")), need(gpus=1)
+    assert made.could(wanted) is None
+    made.put(Node.of(box("b", gpus=1)))
+    assert made.could(wanted) is wanted
 
 
-def test_work_without_gpus_keeps_off_gpu_nodes_while_others_can_take_it_or_as_it_prefers() -> None:
-    fleet = fleet_of(Costs(a=1, b=9, c=5), node("a", "A100"), node("b", memory_mb=1_000), node("c", memory_mb=2_000))
-    assert best(fleet, PLAIN) == "c"
-    assert best(fleet, need(prefer="gpus")) == "a"
-    assert best(fleet, need(prefer="memory")) == "c"
-    assert best(fleet, need(gpus=1)) == "a"
-    for name in "bc":
-        fleet.take(need(cpus=32), name, ())
-    assert best(fleet, PLAIN) == "a"
+def test_gang_could_start_only_where_there_are_nodes_enough() -> None:
+    made = fleet(box("a"), box("b"))
+    assert made.could(need(nodes=2)) is not None
+    assert made.could(need(nodes=3)) is None
 
 
-def test_candidates_come_best_first_and_are_all_there_the_next_time() -> None:
-    fleet = fleet_of(Costs(a=3, b=1, c=2, d=0), *map(node, "abcd"))
-    fleet.set_open("d", False)
-    for _ in range(2):
-        assert [candidate.name for candidate in fleet.candidates(PLAIN)] == ["b", "c", "a"]
-    walk = fleet.candidates(PLAIN)
-    assert next(walk).name == "b"
-    walk.close()
-    assert best(fleet, PLAIN) == "b"
+def test_hint_is_followed_as_far_as_any_node_could() -> None:
+    made = fleet(box("a"), box("b"))
+    wanted = need(avoid=["a"])
+    assert made.could(wanted) is wanted
+    made.remove("b")
+    followed = made.could(wanted)
+    assert followed is not None
+    assert followed.avoid == frozenset()
 
 
-def test_what_is_remembered_of_a_need_does_not_grow_with_the_changes() -> None:
-    fleet = fleet_of(Costs(a=1, b=2), node("a"), node("b"))
-    for _ in range(1_000):
-        fleet.best(PLAIN)
-        fleet.take(PLAIN, "b", ())
-        fleet.give(PLAIN, "b", ())
-    assert len(fleet._ranks[PLAIN].heap) < 100
-    assert best(fleet, PLAIN) == "a"
+def test_disk_that_comes_free_is_seen() -> None:
+    made, wanted = fleet(box("a")), need(disk_mb=5_000)
+    assert made.could(wanted) is None
+    roomy = Node.of(box("a"))
+    roomy.disk_mb = roomy.total_disk_mb = 9_000
+    made.put(roomy)
+    assert made.could(wanted) is wanted
+    assert best(made, wanted) == "a"
 
 
-# -- against a look at every node -----------------------------------------------------------------------------------
+def test_equal_costs_are_settled_by_name() -> None:
+    class Flat:
+        def cost(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+            return 0.0, tuple(free[: need.gpus])
 
-NAMES = ("n1", "n2", "n3", "n4")
-
-
-def key(wanted: Need, box: Node, scoring: RoomScoring, free: Sequence[int]) -> tuple[int, float, str, tuple[int, ...]]:
-    """What the nodes that fit are ordered by, and the GPUs."""
-    cost, gpus = scoring.cost(wanted, box, free)
-    if wanted.prefer == "memory":
-        cost = -box.total_memory_mb
-    detour = not wanted.gpus and bool(box.gpus) != (wanted.prefer == "gpus")
-    return int(detour), cost, box.name, gpus
+    made = fleet(box("b"), box("c"), box("a"), scoring=Flat())
+    assert [found.name for found in made.candidates(need())] == ["a", "b", "c"]
 
 
-def every(fleet: Fleet, wanted: Need, scoring: RoomScoring) -> list[tuple[int, float, str, tuple[int, ...]]]:
-    fits = [(fleet.nodes[name], fleet.nodes[name].fitting(wanted)) for name in fleet.open]
-    return sorted(key(wanted, box, scoring, free) for box, free in fits if free is not None)
+def test_scoring_that_changes_its_mind_is_asked_again() -> None:
+    class Fickle(FirstGpus):
+        epoch, sign = 0, 1
+
+        def cost(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+            return float(self.sign * node.cpu_milli), ()
+
+    scoring = Fickle()
+    made = fleet(box("a", cpus=2), box("b", cpus=4), scoring=scoring)
+    assert best(made, need()) == "a"
+    scoring.sign, scoring.epoch = -1, 1
+    assert best(made, need()) == "b"
 
 
-class Story:
-    """A fleet, and whatever may happen to it."""
+def test_only_nodes_that_have_changed_are_scored() -> None:
+    class Counting(Packed):
+        asked = 0
 
-    def __init__(self, data: st.DataObject) -> None:
-        self.data, self.scoring = data, RoomScoring()
-        self.fleet = fleet_of(self.scoring, *(data.draw(nodes(name)) for name in NAMES))
-        plain = data.draw(st.lists(needs(hints=False), min_size=1, max_size=4))
-        self.needs = [*plain, need(prefer="gpus"), need(prefer="memory", cpus=0.5)]
-        self.running: list[tuple[Need, str, tuple[int, ...]]] = []
+        def cost(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+            self.asked += 1
+            return super().cost(need, node, free)
 
-    def turn(self) -> None:
-        draw, fleet = self.data.draw, self.fleet
-        name = draw(st.sampled_from(NAMES))
-        match draw(st.sampled_from(["take"] * 4 + ["give"] * 2 + ["open", "close", "put", "arrived"])):
-            case "take":
-                found = fleet.best(draw(st.sampled_from(self.needs)))
-                if found is not None:
-                    wanted = draw(st.sampled_from(self.needs))
-                    free = fleet.nodes[found.name].fitting(wanted)
-                    if free is not None:
-                        gpus = tuple(free[: wanted.gpus])
-                        fleet.take(wanted, found.name, gpus)
-                        self.running.append((wanted, found.name, gpus))
-            case "give" if self.running:
-                fleet.give(*self.running.pop(draw(st.integers(0, len(self.running) - 1))))
-            case "open":
-                fleet.set_open(name, True)
-            case "close":
-                fleet.set_open(name, False)
-            case "put":
-                self.running = [each for each in self.running if each[1] != name]
-                fleet.put(draw(nodes(name)))
-            case "arrived":
-                self.scoring.arrived(draw(st.sampled_from(self.needs)), draw(st.integers(1, 50)))
+    scoring = Counting()
+    made, wanted = fleet(*(box(f"n{n:03}") for n in range(100)), scoring=scoring), need()
+    made.best(wanted)
+    assert scoring.asked == 100
+    for n in range(10):
+        made.take(wanted, f"n{n:03}", ())
+        made.best(wanted)
+    assert scoring.asked == 110
 
-    def check(self, wanted: Need) -> Candidate | None:
-        """The best, which must fit."""
+
+NEEDS = [
+    need(),
+    need(cpus=4),
+    need(gpus=1),
+    need(gpus=1, gpu_share=0.5),
+    need(gpus=2),
+    need(prefer="gpus"),
+    need(node="n1"),
+]
+NAMES = st.sampled_from(["n0", "n1", "n2", "n3"])
+
+
+class FleetAgreesWithALookAtAllNodes(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fleet = Fleet(Packed())
+        self.taken: list[tuple[Need, str, tuple[int, ...]]] = []
+
+    @rule(name=NAMES, gpus=st.sampled_from([0, 2, 2, 2]), cpus=st.sampled_from([2, 8]), opened=st.booleans())
+    def speaks(self, name: str, gpus: int, cpus: int, opened: bool) -> None:
+        node = Node.of(box(name, cpus=cpus, gpus=gpus))
+        self.taken = [item for item in self.taken if item[1] != name]
+        self.fleet.put(node)
+        self.fleet.set_open(name, opened)
+
+    @precondition(lambda self: self.fleet.nodes)
+    @rule(data=st.data(), opened=st.booleans())
+    def opens_or_closes(self, data: st.DataObject, opened: bool) -> None:
+        self.fleet.set_open(data.draw(st.sampled_from(sorted(self.fleet.nodes))), opened)
+
+    @rule(name=NAMES)
+    def goes(self, name: str) -> None:
+        self.fleet.remove(name)
+        self.taken = [item for item in self.taken if item[1] != name]
+
+    @rule(wanted=st.sampled_from(NEEDS))
+    def takes_the_best(self, wanted: Need) -> None:
         found = self.fleet.best(wanted)
-        fits = every(self.fleet, wanted, self.scoring)
-        if found is None:
-            assert fits == []
-            return None
-        assert found.name in self.fleet.open
-        free = self.fleet.nodes[found.name].fitting(wanted)
-        assert free is not None
-        assert set(found.gpus) <= set(free)
-        assert len(set(found.gpus)) == wanted.gpus
-        assert (found.detour, found.cost, found.name, found.gpus) in fits, "by the opinion of now"
-        return found
+        if found is not None:
+            self.fleet.take(wanted, found.name, found.gpus)
+            self.taken.append((wanted, found.name, found.gpus))
+
+    @precondition(lambda self: self.taken)
+    @rule(number=st.integers(0, 99))
+    def gives_back(self, number: int) -> None:
+        self.fleet.give(*self.taken.pop(number % len(self.taken)))
+
+    @invariant()
+    def candidates_are_all_that_fit_best_first(self) -> None:
+        for wanted in NEEDS:
+            told = [(found.name, found.gpus) for found in self.fleet.candidates(wanted)]
+            expected = []
+            for name in sorted(self.fleet.open):
+                node = self.fleet.nodes[name]
+                free = node.fitting(wanted)
+                if free is not None:
+                    cost, gpus = Packed().cost(wanted, node, free)
+                    detour = not wanted.gpus and bool(node.gpus) != (wanted.prefer == "gpus")
+                    expected.append((detour, cost, name, gpus))
+            assert told == [(name, gpus) for _, _, name, gpus in sorted(expected)]
+            first = self.fleet.best(wanted)
+            assert (first.name if first is not None else None) == (told[0][0] if told else None)
 
 
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_the_best_always_fits_whatever_has_happened(data: st.DataObject) -> None:
-    story = Story(data)
-    for _ in range(data.draw(st.integers(1, 12))):
-        story.turn()
-        if data.draw(st.integers(0, 3)) == 0:
-            story.scoring.renew(story.fleet.nodes.values())
-        for wanted in story.needs:
-            story.check(wanted)
+TestFleetAgrees = FleetAgreesWithALookAtAllNodes.TestCase
+TestFleetAgrees.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_while_opinions_stay_the_best_is_the_best_of_all(data: st.DataObject) -> None:
-    story = Story(data)
-    for wanted in story.needs:
-        story.scoring.arrived(wanted, data.draw(st.integers(1, 50)))
-    story.scoring.renew(story.fleet.nodes.values())
-    for _ in range(data.draw(st.integers(1, 12))):
-        story.turn()
-        for wanted in story.needs:
-            found = story.check(wanted)
-            fits = every(story.fleet, wanted, story.scoring)
-            if found is not None:
-                assert (found.detour, found.cost, found.name, found.gpus) == fits[0]
-            assert [candidate.name for candidate in story.fleet.candidates(wanted)] == [name for _, _, name, _ in fits]
-
-
-def test_hints_of_failed_attempts_hold_only_while_some_node_could_follow_them() -> None:
-    fleet = fleet_of(Costs(a=1, b=2), node("a", gpu("g1")), node("b", gpu("g2")))
-    elsewhere = need(gpus=1, avoid=["a"])
-    assert best(fleet, elsewhere) == "b"
-    fleet.take(need(gpus=1), "b", (0,))
-    assert best(fleet, elsewhere) is None, "b could, once it is free"
-    fleet.remove("b")
-    assert best(fleet, elsewhere) == "a"
+def test_needs_that_nobody_uses_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordination.fleet.MAX_RANKS", 4)
+    made = fleet(box("a"))
+    for n in range(1, 20):
+        assert best(made, need(cpus=n / 10)) == "a"
+    assert len(made._ranks) == 4
