@@ -27,12 +27,16 @@ PLACES = 64
 class FirstGpus:
     """A scoring that only packs: the node with the least left, the GPUs with the lowest numbers."""
 
+    epoch = 0
+
     def cost(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
         return float(sum(gpu.share for gpu in node.gpus) + node.cpu_milli), tuple(free[: need.gpus])
 
 
 class Packed(FirstGpus):
     """And a part of a GPU goes to the one that has least left, as a real scoring does."""
+
+    epoch = 0
 
     def cost(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
         fullest = sorted(free, key=lambda n: (node.gpus[n].share, node.gpus[n].memory_mb, n))

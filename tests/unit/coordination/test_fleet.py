@@ -106,6 +106,8 @@ def test_disk_that_comes_free_is_seen() -> None:
 
 def test_equal_costs_are_settled_by_name() -> None:
     class Flat:
+        epoch = 0
+
         def cost(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
             return 0.0, tuple(free[: need.gpus])
 

@@ -97,6 +97,17 @@ def test_an_old_opinion_never_brings_back_a_node_that_no_longer_fits(change: str
     assert fleet.best(PLAIN) is None
 
 
+def test_a_node_that_still_has_room_or_has_it_again_is_looked_at_again() -> None:
+    fleet = fleet_of(Costs(a=1, b=2), node("a", cpus=2), node("b"))
+    assert best(fleet, PLAIN) == "a"
+    fleet.take(PLAIN, "a", ())
+    assert best(fleet, PLAIN) == "a"
+    fleet.take(PLAIN, "a", ())
+    assert best(fleet, PLAIN) == "b"
+    fleet.put(node("a", cpus=2))  # others have gone
+    assert best(fleet, PLAIN) == "a"
+
+
 def test_a_node_that_opens_again_is_looked_at_again() -> None:
     fleet = fleet_of(Costs(a=1), node("a"))
     assert best(fleet, PLAIN) == "a"
@@ -188,7 +199,9 @@ class Story:
                 fleet.set_open(name, False)
             case "put":
                 self.running = [each for each in self.running if each[1] != name]
-                fleet.put(draw(nodes(name)))
+                now = draw(nodes(name)) if draw(st.booleans()) else fleet.nodes[name].copy()
+                now.cpu_milli = draw(st.integers(0, now.total_cpu_milli))
+                fleet.put(now)
             case "arrived":
                 self.scoring.arrived(draw(st.sampled_from(self.needs)), draw(st.integers(1, 50)))
 
