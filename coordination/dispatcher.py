@@ -452,12 +452,13 @@ class Dispatcher:
         """Gives attempts up: each is spent, and its job goes back or fails."""
         if not verdicts:
             return 0
-        items = tuple(c.Lapse(v.held.job, v.held.attempt, v.cause) for v in verdicts)
+        items = tuple(c.Lapse(v.held.job, v.held.attempt, v.cause, v.held.worker) for v in verdicts)
         n: int = await self.propose(c.Expire(self._clock.now_ms(), items))
         for verdict in verdicts:
             # Whatever the queue answered, this attempt is over. One that had ended before makes no event, and would
             # otherwise be given up again and again.
-            if self.leases.by_job.get(verdict.held.job) is verdict.held:
+            known = self.leases.by_job.get(verdict.held.job)
+            if known is not None and known.attempt == verdict.held.attempt:
                 self.leases.drop(verdict.held.job, tell=True)
         return n
 

@@ -100,14 +100,18 @@ class LeaseTable:
         known = self.by_job.get(held.job)
         if known is not None and (known.attempt != held.attempt or not held.gang):
             self.drop(held.job)
+        mine = self.of(held.worker, held.job)
+        if mine is not None and mine.attempt == held.attempt and held.gang:
+            return  # told twice: by the queue's rows and by its events
         self.by_job.setdefault(held.job, held)
         self.by_worker[held.worker][held.job] = held
         if held.gang:
             self.gangs[held.job].append(held)
 
     def started(self, job: str, attempt: int, started_ms: int, now: int) -> None:
+        """Its process runs. Of a gang this says only that one of them does: see `Dispatcher.heartbeat`."""
         held = self.by_job.get(job)
-        if held is not None and held.attempt == attempt:
+        if held is not None and held.attempt == attempt and not held.gang:
             held.started_ms = started_ms
             held.alive_at = max(held.alive_at, now)
 
