@@ -45,6 +45,7 @@ VALIDATE_SLICE = 100  # jobs validated between two turns of the event loop
 MAX_WORKERS = 10_000
 ARRIVAL_SHARE = 1 / 6  # of a lease: how long a claimed job may be on its way before a worker without it has lost it
 LEAVING = "its machine is being taken away"  # a drain that ends when the node comes back
+CORDONED_BEFORE = f"{LEAVING}; cordoned before that: "
 UNMOVED_SLACK_MS = 60_000  # beyond its grace, for who was asked to make way
 NODES_FAULT = frozenset({"exit", "spawn_failed"})  # ends that may be the node's fault
 LAPSES = frozenset({"lease_lapsed", "timeout", "never_started", "no_sign_of_life"})
@@ -103,6 +104,7 @@ class Dispatcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._policy, self._group_weights = policy, dict(group_weights or {})
         self.marks: dict[str, NodeMark] = {}  # what is said of nodes
+        self._marking = asyncio.Lock()  # each word on a node is made of the one before it
         self.matching = self._new_matching()
         self._trouble, self._black_holes = Trouble(), set[str]()
         self.on_trouble: Callable[[str, str], None] = lambda node, why: None  # a node was cordoned by itself
@@ -326,10 +328,8 @@ class Dispatcher:
                 member = self.leases.of(worker, item.id)
                 if member is not None and member.gang and member.attempt == item.attempt:
                     member.started_ms = self.steady_ms()
-        mark = self.marks.get(worker)
-        if first and mark is not None and mark.reason == LEAVING:
-            await self.mark_node(worker, cordoned=False, draining=False, reason="it is back")
         if first:
+            await self._is_back(worker)
             # Whatever its former self had asked for is in the books once this, behind it in the journal, is answered.
             await self.propose(c.Begin(self._clock.now_ms(), worker, ()))
             listed = {Claimant(beat.signs.job, beat.signs.attempt) for beat in beats}
@@ -436,7 +436,8 @@ class Dispatcher:
         """Drops workers not heard of for `threshold_ms`; what they hold goes back to pending, unspent."""
         now, now_ms = self._clock.mono_ms(), self._clock.now_ms()
         books = await self.ask(lambda reader: reader.workers())
-        known = {book.worker for book in books} | set(self.leases.seen_at)
+        leaving = {mark.node for mark in self.marks.values() if _is_leaving(mark)}
+        known = {book.worker for book in books} | set(self.leases.seen_at) | set(self.rooms) | leaving
         # A worker that this term has not heard of yet gets the benefit of the doubt from the term's beginning: just
         # after a restart everybody is unheard of, and taking their jobs away would run each of them twice.
         inactive = sorted(w for w in known if now - self.leases.seen_at.get(w, self._began_at) >= threshold_ms)
@@ -446,6 +447,7 @@ class Dispatcher:
         for worker in inactive:
             self.leases.forget(worker)
             self.matching.forget(worker)
+            await self._is_back(worker)  # it never will be: spot instances come with a new name each time
         return len(inactive)
 
     async def expire(self, verdicts: list[Verdict]) -> int:
@@ -561,8 +563,17 @@ class Dispatcher:
 
     def _take_marks(self, marks: Iterable[NodeMark]) -> None:
         self.marks = {mark.node: mark for mark in marks}
-        words = {mark.node: "draining" if mark.draining else "cordoned" for mark in self.marks.values()}
-        self.matching.bar(words)
+        self.matching.bar(_words(self.marks.values()))
+
+    async def _look_at_marks(self) -> None:
+        """A word whose entry gave no answer in time may have been taken all the same."""
+        if self._marking.locked():
+            return
+        async with self._marking:
+            marks = await self.ask(lambda reader: reader.nodes())
+            known = {mark.node: mark for mark in marks}
+            if self.leads and (known != self.marks or _words(marks) != self.matching.barred):
+                self._take_marks(marks)
 
     async def mark_node(
         self,
@@ -573,26 +584,58 @@ class Dispatcher:
         deadline_ms: int = 0,
         reason: str,
     ) -> NodeMark | None:
-        """Says what may be placed on a node; None leaves that as it is. Answers what is said of it now."""
-        self.check_leads()
-        known = self.marks.get(node)
-        cordon = bool(known and known.cordoned) if cordoned is None else cordoned
-        drains = bool(known and known.draining) if draining is None else draining
-        if draining is None and known is not None:
-            deadline_ms = known.deadline_ms
-        await self.propose(c.MarkNode(self._clock.now_ms(), node, cordon, drains, deadline_ms, reason))
-        self._take_marks(await self.ask(lambda reader: reader.nodes()))
+        """Says what may be placed on a node; None leaves that as it is, and what remains keeps its reason. Answers what
+        is said of it now."""
+        async with self._marking:
+            known = self.marks.get(node)
+            cordon = bool(known and known.cordoned) if cordoned is None else cordoned
+            drains = bool(known and known.draining) if draining is None else draining
+            if draining is None and known is not None:
+                deadline_ms = known.deadline_ms
+            if known is not None and not cordoned and not draining:
+                reason = known.reason
+            await self._mark(c.MarkNode(self._clock.now_ms(), node, cordon, drains, deadline_ms, reason))
         if cordoned is False:
             self._trouble.forget(node)
-        self.matching.nudge(node)  # it hears of it with the answer to its claim
         return self.marks.get(node)
+
+    async def _mark(self, word: c.MarkNode) -> None:
+        """Nothing new is placed on a node from the moment that a word against it is on its way: what was decided before
+        stands before it in the journal, and is counted once it is answered."""
+        self.check_leads()
+        if word.cordoned or word.draining:
+            mark = NodeMark(word.node, word.cordoned, word.draining, word.deadline_ms, word.at_ms, word.reason)
+            self.matching.bar({**self.matching.barred, **_words([mark])})
+        try:
+            await self.propose(word)
+        except Refused:
+            self.matching.bar(_words(self.marks.values()))
+            raise
+        self._take_marks(await self.ask(lambda reader: reader.nodes()))
+        self.matching.nudge(word.node)  # it hears of it with the answer to its claim
 
     async def leave(self, worker: str, seconds: float) -> None:
         """A worker's machine will be taken away: what still runs there in `seconds` is asked to go elsewhere. The drain
-        ends when the worker comes back."""
-        deadline_ms = self._clock.now_ms() + round(max(seconds, 0.0) * 1000)
-        await self.mark_node(worker, draining=True, deadline_ms=max(deadline_ms, 1), reason=LEAVING)
+        ends when the worker comes back; what operators have said of it stays."""
+        now = self._clock.now_ms()
+        deadline_ms, reason = now + max(round(seconds * 1000), 1), LEAVING
+        async with self._marking:
+            known = self.marks.get(worker)
+            if known is not None and known.draining and not _is_leaving(known):
+                deadline_ms, reason = min(deadline_ms, known.deadline_ms or deadline_ms), known.reason
+            elif known is not None and known.cordoned:
+                reason = known.reason if _is_leaving(known) else f"{CORDONED_BEFORE}{known.reason}"
+            cordoned = known is not None and bool(known.cordoned)
+            await self._mark(c.MarkNode(now, worker, cordoned, True, deadline_ms, reason))
         await self.tick()
+
+    async def _is_back(self, worker: str) -> None:
+        """Ends the drain of a machine that was to be taken away."""
+        async with self._marking:
+            known = self.marks.get(worker)
+            if known is not None and _is_leaving(known):
+                reason = known.reason.removeprefix(CORDONED_BEFORE)
+                await self._mark(c.MarkNode(self._clock.now_ms(), worker, bool(known.cordoned), False, 0, reason))
 
     async def tick(self) -> None:
         """What time alone brings: silent nodes are no longer counted on, who must make way is told, and every lane is
@@ -617,6 +660,7 @@ class Dispatcher:
             await self.release_those_held(stubborn, "it did not make way when it was asked to")
         if self.matching.planner.lanes:
             self.matching.wake(everything=True)
+        await self._look_at_marks()
 
     def _ask_to_go(self, node: str, reason: str) -> None:
         now = self._clock.mono_ms()
@@ -676,7 +720,8 @@ class Dispatcher:
         """Never more than a third of the nodes: if so many fail, it is not the nodes."""
         holes, self._black_holes = self._black_holes - set(self.marks), set()
         for node in sorted(holes):
-            if 3 * (len(self.marks) + 1) > len(self.rooms):
+            aside = sum(name in self.rooms for name in self.marks)
+            if 3 * (aside + 1) > len(self.rooms):
                 return
             why = f"{JOBS} different jobs in a row failed on it, and not on others"
             await self.mark_node(node, cordoned=True, reason=f"by itself: {why}")
@@ -700,6 +745,14 @@ class Dispatcher:
                     gang=len(workers) > 1,
                 )
             )
+
+
+def _is_leaving(mark: NodeMark) -> bool:
+    return mark.reason == LEAVING or mark.reason.startswith(CORDONED_BEFORE)
+
+
+def _words(marks: Iterable[NodeMark]) -> dict[str, str]:
+    return {mark.node: "draining" if mark.draining else "cordoned" for mark in marks}
 
 
 def _some(what: str, n: int | None) -> str:
