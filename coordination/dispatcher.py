@@ -12,7 +12,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coordination import commands as c
@@ -26,7 +25,7 @@ from coordination.fleet import Fleet
 from coordination.kinds import Kinds
 from coordination.leases import Claimant, Held, LeaseTable, Notice, Signs, Verdict
 from coordination.matching import Matching, Room
-from coordination.placement import compile_need, with_defaults
+from coordination.placement import need_of, without_hints
 from coordination.planner import NEVER, Planner, PlanPolicy
 from coordination.queue_reads import NodeMark, QueueReader
 from coordination.queue_state import ChangedLanes, QueueState
@@ -436,8 +435,7 @@ class Dispatcher:
         """Drops workers not heard of for `threshold_ms`; what they hold goes back to pending, unspent."""
         now, now_ms = self._clock.mono_ms(), self._clock.now_ms()
         books = await self.ask(lambda reader: reader.workers())
-        leaving = {mark.node for mark in self.marks.values() if _is_leaving(mark)}
-        known = {book.worker for book in books} | set(self.leases.seen_at) | set(self.rooms) | leaving
+        known = {book.worker for book in books} | set(self.leases.seen_at) | set(self.rooms)
         # A worker that this term has not heard of yet gets the benefit of the doubt from the term's beginning: just
         # after a restart everybody is unheard of, and taking their jobs away would run each of them twice.
         inactive = sorted(w for w in known if now - self.leases.seen_at.get(w, self._began_at) >= threshold_ms)
@@ -447,8 +445,16 @@ class Dispatcher:
         for worker in inactive:
             self.leases.forget(worker)
             self.matching.forget(worker)
-            await self._is_back(worker)  # it never will be: spot instances come with a new name each time
         return len(inactive)
+
+    async def forget_machines(self, threshold_ms: int) -> None:
+        """Drops the notices of machines that have not come back for `threshold_ms`: spot instances come with a new name
+        each time."""
+        now, now_ms = self._clock.mono_ms(), self._clock.now_ms()
+        for mark in [mark for mark in self.marks.values() if _is_leaving(mark)]:
+            silent = now - self.leases.seen_at.get(mark.node, self._began_at)
+            if min(silent, now_ms - mark.since_ms) >= threshold_ms:
+                await self._is_back(mark.node)
 
     async def expire(self, verdicts: list[Verdict]) -> int:
         """Gives attempts up: each is spent, and its job goes back or fails."""
@@ -490,8 +496,11 @@ class Dispatcher:
         """See `LeaseTable.stuck`."""
         return self.leases.stuck(self._clock.mono_ms(), self.steady_ms(), threshold_ms)
 
-    def why_pending(self, record: Mapping[str, Any], ahead: int | None = None) -> str:
-        """In words and numbers, why a pending job has not been placed. `ahead`: pending jobs that came before it."""
+    def why_pending(
+        self, record: Mapping[str, Any], ahead: int | None = None, looked: dict[str, list[Any]] | None = None
+    ) -> str:
+        """In words and numbers, why a pending job has not been placed. `ahead`: pending jobs that came before it.
+        `looked` remembers, from one job of a page to the next, what a look at all nodes has told."""
         if not self.leads:
             return "placement is the leader's business; nobody is known to lead now"
         there = [node for name, node in self.matching.planner.fleet.nodes.items() if self._is_there(name)]
@@ -508,14 +517,18 @@ class Dispatcher:
                 return f"all {len(self.rooms)} known workers have been silent for longer than a lease: restart them"
             return "no worker has asked for work yet"
         hints = record.get("placement_hints", {})
-        need = compile_need(with_defaults({**record["requires"], **hints, "nodes": record.get("nodes", 1)}))
-        need = self.matching.planner.fleet.could(need) or replace(need, avoid=frozenset(), gpu_memory_above_mb=0)
-        words, failed, total = tally(need, there, idle=True)
+        text = json.dumps({**record["requires"], **hints, "nodes": record.get("nodes", 1)}, sort_keys=True)
+        need = need_of(text)  # not a new one each time: nodes remember of each need whether they could serve it
+        need = self.matching.planner.fleet.could(need) or without_hints(need)[-1]
+        looked = {} if looked is None else looked
+        if text not in looked:
+            looked[text] = [tally(need, there, idle=idle) for idle in (True, False)]
+        words, failed, total = looked[text][0]
         if total - failed < need.nodes:
             many = f"needs {need.nodes} nodes at once; " if need.nodes > 1 else ""
             fits = "none" if failed == total else f"{total - failed}"
             return f"{many}fits on {fits} of {_some('node', total)}, even when idle: {words}{aside}"
-        words, failed, total = tally(need, there, idle=False)
+        words, failed, total = looked[text][1]
         told = [self._whose_turn(record, ahead)]
         if total - failed < need.nodes:
             many = f"needs {need.nodes} nodes at once, {total - failed} fit now; " if need.nodes > 1 else ""

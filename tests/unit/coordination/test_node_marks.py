@@ -113,8 +113,11 @@ async def test_nothing_is_placed_on_a_node_while_a_word_against_it_is_under_way(
 async def test_marks_of_machines_that_never_came_back_are_forgotten_with_them(desk: Journal) -> None:
     await desk.desk.leave("w", 10)
     await desk.desk.mark_node("kept", cordoned=True, reason="odd noises")
-    desk.clock.advance(1_000)
-    await desk.desk.clear_inactive_workers(1_000)
+    desk.clock.advance(999)
+    await desk.desk.forget_machines(1_000)
+    assert said(desk) is not None
+    desk.clock.advance(1)
+    await desk.desk.forget_machines(1_000)
     assert said(desk) is None
     assert said(desk, "kept") == (True, False, "odd noises")
 
