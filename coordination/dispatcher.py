@@ -274,6 +274,8 @@ class Dispatcher:
             if jobs and gone():
                 await self.release_those_held([job["id"] for job in jobs], "its worker hung up before it was told")
                 return [], notices
+            if not jobs:
+                self.check_leads()  # what is said of its node, and what it must end, is the next leader's to tell
             for job in jobs:
                 self._complete_gang(job)
             now = self._clock.mono_ms()

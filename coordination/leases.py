@@ -213,6 +213,11 @@ class LeaseTable:
                 doomed.append(Notice(held.job, held.attempt, held.order))
         return doomed
 
+    def orders(self, worker: str) -> list[Notice]:
+        """The attempts that this worker has been asked to end for the sake of others, and has not ended yet."""
+        mine = self.by_worker.get(worker, {}).values()
+        return [Notice(held.job, held.attempt, held.order) for held in mine if held.order is not None]
+
     def was_deaf(self, now: int) -> None:
         """The leader itself did not listen for a while (a frozen process, a suspended machine): whoever was silent
         meanwhile may have spoken, so every attempt gets a full lease and a fresh sign of life."""

@@ -12,7 +12,7 @@ import pytest
 
 from coordination import commands as c
 from coordination.dispatcher import Room
-from coordination.errors import OutcomeUnknown
+from coordination.errors import OutcomeUnknown, Refused
 from coordination.placement import Offer
 from tests.unit.coordination.drive import T0, new_job
 from tests.unit.coordination.test_new_leader import Desk
@@ -108,6 +108,18 @@ async def test_nothing_is_placed_on_a_node_while_a_word_against_it_is_under_way(
     desk.propose = look  # type: ignore[method-assign]
     await desk.desk.mark_node("w", draining=True, reason="a new disk")
     assert barred == [{"w": "draining"}]
+
+
+async def test_a_claim_that_a_deposed_leader_dismisses_is_told_nothing_of_its_node(desk: Journal) -> None:
+    """An answer without a word on the node reads as if nothing was said of it any more."""
+    await desk.desk.mark_node("w", draining=True, reason="a new disk")
+    desk.desk.make_room(Room(FREE, FREE, 1))
+    claiming = asyncio.create_task(desk.desk.claim("w", wait_seconds=60))
+    while not desk.desk.matching.parked("w"):
+        await asyncio.sleep(0)
+    desk.desk.end_term()
+    with pytest.raises(Refused):
+        await claiming
 
 
 async def test_marks_of_machines_that_never_came_back_are_forgotten_with_them(desk: Journal) -> None:
