@@ -88,6 +88,7 @@ class Lapse(NamedTuple):
     id: str
     attempt: int
     cause: str
+    worker: str = ""  # of a gang: whose member it is about
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from coordination import commands as c
@@ -26,7 +25,7 @@ from coordination.fleet import Fleet
 from coordination.kinds import Kinds
 from coordination.leases import Claimant, Held, LeaseTable, Notice, Signs, Verdict
 from coordination.matching import Matching, Room
-from coordination.placement import compile_need, with_defaults
+from coordination.placement import need_of, without_hints
 from coordination.planner import NEVER, Planner, PlanPolicy
 from coordination.queue_reads import NodeMark, QueueReader
 from coordination.queue_state import ChangedLanes, QueueState
@@ -45,7 +44,7 @@ VALIDATE_SLICE = 100  # jobs validated between two turns of the event loop
 MAX_WORKERS = 10_000
 ARRIVAL_SHARE = 1 / 6  # of a lease: how long a claimed job may be on its way before a worker without it has lost it
 LEAVING = "its machine is being taken away"  # a drain that ends when the node comes back
-BEFORE = "; cordoned before: "  # and what had been said of it
+CORDONED_BEFORE = f"{LEAVING}; cordoned before that: "
 BY_ITSELF = "by itself: "  # what the reason of a cordon begins with that nobody has ordered
 UNMOVED_SLACK_MS = 60_000  # beyond its grace, for who was asked to make way
 NODES_FAULT = frozenset({"exit", "spawn_failed"})  # ends that may be the node's fault
@@ -105,6 +104,7 @@ class Dispatcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._policy, self._group_weights = policy, dict(group_weights or {})
         self.marks: dict[str, NodeMark] = {}  # what is said of nodes
+        self._marking = asyncio.Lock()  # each word on a node is made of the one before it
         self.matching = self._new_matching()
         self._trouble, self._black_holes = Trouble(), set[str]()
         self._cordoned: dict[str, str] = {}  # nodes that were cordoned by themselves, as far as it has been told
@@ -278,6 +278,8 @@ class Dispatcher:
             if jobs and gone():
                 await self.release_those_held([job["id"] for job in jobs], "its worker hung up before it was told")
                 return [], notices
+            if not jobs:
+                self.check_leads()  # what is said of its node, and what it must end, is the next leader's to tell
             for job in jobs:
                 self._complete_gang(job)
             now = self._clock.mono_ms()
@@ -331,10 +333,8 @@ class Dispatcher:
                 member = self.leases.of(worker, item.id)
                 if member is not None and member.gang and member.attempt == item.attempt:
                     member.started_ms = self.steady_ms()
-        mark = self.marks.get(worker)
-        if first and mark is not None and mark.reason.startswith(LEAVING):
-            await self.mark_node(worker, draining=False, reason=mark.reason.partition(BEFORE)[2] or "it is back")
         if first:
+            await self._is_back(worker)
             # Whatever its former self had asked for is in the books once this, behind it in the journal, is answered.
             await self.propose(c.Begin(self._clock.now_ms(), worker, ()))
             listed = {Claimant(beat.signs.job, beat.signs.attempt) for beat in beats}
@@ -441,7 +441,7 @@ class Dispatcher:
         """Drops workers not heard of for `threshold_ms`; what they hold goes back to pending, unspent."""
         now, now_ms = self._clock.mono_ms(), self._clock.now_ms()
         books = await self.ask(lambda reader: reader.workers())
-        known = {book.worker for book in books} | set(self.leases.seen_at)
+        known = {book.worker for book in books} | set(self.leases.seen_at) | set(self.rooms)
         # A worker that this term has not heard of yet gets the benefit of the doubt from the term's beginning: just
         # after a restart everybody is unheard of, and taking their jobs away would run each of them twice.
         inactive = sorted(w for w in known if now - self.leases.seen_at.get(w, self._began_at) >= threshold_ms)
@@ -453,16 +453,26 @@ class Dispatcher:
             self.matching.forget(worker)
         return len(inactive)
 
+    async def forget_machines(self, threshold_ms: int) -> None:
+        """Drops the notices of machines that have not come back for `threshold_ms`: spot instances come with a new name
+        each time."""
+        now, now_ms = self._clock.mono_ms(), self._clock.now_ms()
+        for mark in [mark for mark in self.marks.values() if _is_leaving(mark)]:
+            silent = now - self.leases.seen_at.get(mark.node, self._began_at)
+            if min(silent, now_ms - mark.since_ms) >= threshold_ms:
+                await self._is_back(mark.node)
+
     async def expire(self, verdicts: list[Verdict]) -> int:
         """Gives attempts up: each is spent, and its job goes back or fails."""
         if not verdicts:
             return 0
-        items = tuple(c.Lapse(v.held.job, v.held.attempt, v.cause) for v in verdicts)
+        items = tuple(c.Lapse(v.held.job, v.held.attempt, v.cause, v.held.worker) for v in verdicts)
         n: int = await self.propose(c.Expire(self._clock.now_ms(), items))
         for verdict in verdicts:
             # Whatever the queue answered, this attempt is over. One that had ended before makes no event, and would
             # otherwise be given up again and again.
-            if self.leases.by_job.get(verdict.held.job) is verdict.held:
+            known = self.leases.by_job.get(verdict.held.job)
+            if known is not None and known.attempt == verdict.held.attempt:
                 self.leases.drop(verdict.held.job, tell=True)
         return n
 
@@ -492,8 +502,11 @@ class Dispatcher:
         """See `LeaseTable.stuck`."""
         return self.leases.stuck(self._clock.mono_ms(), self.steady_ms(), threshold_ms)
 
-    def why_pending(self, record: Mapping[str, Any], ahead: int | None = None) -> str:
-        """In words and numbers, why a pending job has not been placed. `ahead`: pending jobs that came before it."""
+    def why_pending(
+        self, record: Mapping[str, Any], ahead: int | None = None, looked: dict[str, list[Any]] | None = None
+    ) -> str:
+        """In words and numbers, why a pending job has not been placed. `ahead`: pending jobs that came before it.
+        `looked` remembers, from one job of a page to the next, what a look at all nodes has told."""
         if not self.leads:
             return "placement is the leader's business; nobody is known to lead now"
         there = [node for name, node in self.matching.planner.fleet.nodes.items() if self._is_there(name)]
@@ -510,14 +523,18 @@ class Dispatcher:
                 return f"all {len(self.rooms)} known workers have been silent for longer than a lease: restart them"
             return "no worker has asked for work yet"
         hints = record.get("placement_hints", {})
-        need = compile_need(with_defaults({**record["requires"], **hints, "nodes": record.get("nodes", 1)}))
-        need = self.matching.planner.fleet.could(need) or replace(need, avoid=frozenset(), gpu_memory_above_mb=0)
-        words, failed, total = tally(need, there, idle=True)
+        text = json.dumps({**record["requires"], **hints, "nodes": record.get("nodes", 1)}, sort_keys=True)
+        need = need_of(text)  # not a new one each time: nodes remember of each need whether they could serve it
+        need = self.matching.planner.fleet.could(need) or without_hints(need)[-1]
+        looked = {} if looked is None else looked
+        if text not in looked:
+            looked[text] = [tally(need, there, idle=idle) for idle in (True, False)]
+        words, failed, total = looked[text][0]
         if total - failed < need.nodes:
             many = f"needs {need.nodes} nodes at once; " if need.nodes > 1 else ""
             fits = "none" if failed == total else f"{total - failed}"
             return f"{many}fits on {fits} of {_some('node', total)}, even when idle: {words}{aside}"
-        words, failed, total = tally(need, there, idle=False)
+        words, failed, total = looked[text][1]
         told = [self._whose_turn(record, ahead)]
         if total - failed < need.nodes:
             many = f"needs {need.nodes} nodes at once, {total - failed} fit now; " if need.nodes > 1 else ""
@@ -565,8 +582,7 @@ class Dispatcher:
 
     def _take_marks(self, marks: Iterable[NodeMark]) -> None:
         self.marks = {mark.node: mark for mark in marks}
-        words = {mark.node: "draining" if mark.draining else "cordoned" for mark in self.marks.values()}
-        self.matching.bar(words)
+        self.matching.bar(_words(self.marks.values()))
         self._tell_trouble(
             {m.node: m.reason.removeprefix(BY_ITSELF) for m in self.marks.values() if m.reason.startswith(BY_ITSELF)}
         )
@@ -579,6 +595,16 @@ class Dispatcher:
         for node in sorted(cordoned.keys() - before.keys()):
             self.on_trouble(node, cordoned[node])
 
+    async def _look_at_marks(self) -> None:
+        """A word whose entry gave no answer in time may have been taken all the same."""
+        if self._marking.locked():
+            return
+        async with self._marking:
+            marks = await self.ask(lambda reader: reader.nodes())
+            known = {mark.node: mark for mark in marks}
+            if self.leads and (known != self.marks or _words(marks) != self.matching.barred):
+                self._take_marks(marks)
+
     async def mark_node(
         self,
         node: str,
@@ -588,29 +614,58 @@ class Dispatcher:
         deadline_ms: int = 0,
         reason: str,
     ) -> NodeMark | None:
-        """Says what may be placed on a node; None leaves that as it is. Answers what is said of it now."""
-        self.check_leads()
-        known = self.marks.get(node)
-        cordon = bool(known and known.cordoned) if cordoned is None else cordoned
-        drains = bool(known and known.draining) if draining is None else draining
-        if draining is None and known is not None:
-            deadline_ms = known.deadline_ms
-        await self.propose(c.MarkNode(self._clock.now_ms(), node, cordon, drains, deadline_ms, reason))
-        self._take_marks(await self.ask(lambda reader: reader.nodes()))
+        """Says what may be placed on a node; None leaves that as it is, and what remains keeps its reason. Answers what
+        is said of it now."""
+        async with self._marking:
+            known = self.marks.get(node)
+            cordon = bool(known and known.cordoned) if cordoned is None else cordoned
+            drains = bool(known and known.draining) if draining is None else draining
+            if draining is None and known is not None:
+                deadline_ms = known.deadline_ms
+            if known is not None and not cordoned and not draining:
+                reason = known.reason
+            await self._mark(c.MarkNode(self._clock.now_ms(), node, cordon, drains, deadline_ms, reason))
         if cordoned is False:
             self._trouble.forget(node)
-        self.matching.nudge(node)  # it hears of it with the answer to its claim
         return self.marks.get(node)
+
+    async def _mark(self, word: c.MarkNode) -> None:
+        """Nothing new is placed on a node from the moment that a word against it is on its way: what was decided before
+        stands before it in the journal, and is counted once it is answered."""
+        self.check_leads()
+        if word.cordoned or word.draining:
+            mark = NodeMark(word.node, word.cordoned, word.draining, word.deadline_ms, word.at_ms, word.reason)
+            self.matching.bar({**self.matching.barred, **_words([mark])})
+        try:
+            await self.propose(word)
+        except Refused:
+            self.matching.bar(_words(self.marks.values()))
+            raise
+        self._take_marks(await self.ask(lambda reader: reader.nodes()))
+        self.matching.nudge(word.node)  # it hears of it with the answer to its claim
 
     async def leave(self, worker: str, seconds: float) -> None:
         """A worker's machine will be taken away: what still runs there in `seconds` is asked to go elsewhere. The drain
-        ends when the worker comes back; an operator's own does not, nor does a cordon."""
-        deadline_ms = self._clock.now_ms() + round(max(seconds, 0.0) * 1000)
-        reason, mark = LEAVING, self.marks.get(worker)
-        if mark is not None:
-            reason = mark.reason if mark.draining else LEAVING + BEFORE + mark.reason
-        await self.mark_node(worker, draining=True, deadline_ms=max(deadline_ms, 1), reason=reason)
+        ends when the worker comes back; what operators have said of it stays."""
+        now = self._clock.now_ms()
+        deadline_ms, reason = now + max(round(seconds * 1000), 1), LEAVING
+        async with self._marking:
+            known = self.marks.get(worker)
+            if known is not None and known.draining and not _is_leaving(known):
+                deadline_ms, reason = min(deadline_ms, known.deadline_ms or deadline_ms), known.reason
+            elif known is not None and known.cordoned:
+                reason = known.reason if _is_leaving(known) else f"{CORDONED_BEFORE}{known.reason}"
+            cordoned = known is not None and bool(known.cordoned)
+            await self._mark(c.MarkNode(now, worker, cordoned, True, deadline_ms, reason))
         await self.tick()
+
+    async def _is_back(self, worker: str) -> None:
+        """Ends the drain of a machine that was to be taken away."""
+        async with self._marking:
+            known = self.marks.get(worker)
+            if known is not None and _is_leaving(known):
+                reason = known.reason.removeprefix(CORDONED_BEFORE)
+                await self._mark(c.MarkNode(self._clock.now_ms(), worker, bool(known.cordoned), False, 0, reason))
 
     async def tick(self) -> None:
         """What time alone brings: silent nodes are no longer counted on, who must make way is told, and every lane is
@@ -635,6 +690,7 @@ class Dispatcher:
             await self.release_those_held(stubborn, "it did not make way when it was asked to")
         if self.matching.planner.lanes:
             self.matching.wake(everything=True)
+        await self._look_at_marks()
 
     def _ask_to_go(self, node: str, reason: str) -> None:
         now = self._clock.mono_ms()
@@ -694,7 +750,8 @@ class Dispatcher:
         """Never more than a third of the nodes: if so many fail, it is not the nodes."""
         holes, self._black_holes = self._black_holes - set(self.marks), set()
         for node in sorted(holes):
-            if 3 * (len(self.marks) + 1) > len(self.rooms):
+            aside = sum(name in self.rooms for name in self.marks)
+            if 3 * (aside + 1) > len(self.rooms):
                 return
             why = f"{JOBS} different jobs in a row failed on it, and not on others"
             await self.mark_node(node, cordoned=True, reason=BY_ITSELF + why)
@@ -717,6 +774,14 @@ class Dispatcher:
                     gang=len(workers) > 1,
                 )
             )
+
+
+def _is_leaving(mark: NodeMark) -> bool:
+    return mark.reason == LEAVING or mark.reason.startswith(CORDONED_BEFORE)
+
+
+def _words(marks: Iterable[NodeMark]) -> dict[str, str]:
+    return {mark.node: "draining" if mark.draining else "cordoned" for mark in marks}
 
 
 def _some(what: str, n: int | None) -> str:

@@ -100,14 +100,18 @@ class LeaseTable:
         known = self.by_job.get(held.job)
         if known is not None and (known.attempt != held.attempt or not held.gang):
             self.drop(held.job)
+        mine = self.of(held.worker, held.job)
+        if mine is not None and mine.attempt == held.attempt and held.gang:
+            return  # told twice: by the queue's rows and by its events
         self.by_job.setdefault(held.job, held)
         self.by_worker[held.worker][held.job] = held
         if held.gang:
             self.gangs[held.job].append(held)
 
     def started(self, job: str, attempt: int, started_ms: int, now: int) -> None:
+        """Its process runs. Of a gang this says only that one of them does: see `Dispatcher.heartbeat`."""
         held = self.by_job.get(job)
-        if held is not None and held.attempt == attempt:
+        if held is not None and held.attempt == attempt and not held.gang:
             held.started_ms = started_ms
             held.alive_at = max(held.alive_at, now)
 
@@ -208,6 +212,11 @@ class LeaseTable:
                 held.told_at = now
                 doomed.append(Notice(held.job, held.attempt, held.order))
         return doomed
+
+    def orders(self, worker: str) -> list[Notice]:
+        """The attempts that this worker has been asked to end for the sake of others, and has not ended yet."""
+        mine = self.by_worker.get(worker, {}).values()
+        return [Notice(held.job, held.attempt, held.order) for held in mine if held.order is not None]
 
     def was_deaf(self, now: int) -> None:
         """The leader itself did not listen for a while (a frozen process, a suspended machine): whoever was silent

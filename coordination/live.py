@@ -106,7 +106,7 @@ class HttpBackend:
     def call(self, operation: str, **arguments: Any) -> Answer:
         """Raises NodeUnreachable, InvalidInput, Refused or OutcomeUnknown, each with the node's own sentence."""
         method, path = ROUTES[operation]
-        for name in ("id", "type"):
+        for name in ("id", "type", "name"):
             if f"{{{name}}}" in path:
                 path = path.replace(f"{{{name}}}", urllib.parse.quote(str(arguments.pop(name)), safe=""))
         headers = {"Accept": "application/json"}

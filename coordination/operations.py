@@ -4,6 +4,7 @@ here. Each takes plain values and answers a JSON object; errors are those of `co
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
@@ -227,14 +228,22 @@ class Operations:
         found, cursor = await self._desk.ask(
             lambda reader: reader.jobs(filters=filters, limit=limit, before=before, array=array)
         )
-        return {"jobs": [self._annotate(record) for record in found], "cursor": str(cursor) if cursor else None}
+        looked: dict[str, list[Any]] = {}  # jobs that are equal wait for the same reasons
+        for record in found:
+            known = len(looked)
+            self._annotate(record, looked=looked)
+            if len(looked) > known:
+                await asyncio.sleep(0)  # a look at a thousand nodes takes a while, and others wait for their answers
+        return {"jobs": found, "cursor": str(cursor) if cursor else None}
 
-    def _annotate(self, record: dict[str, Any], ahead: int | None = None) -> dict[str, Any]:
+    def _annotate(
+        self, record: dict[str, Any], ahead: int | None = None, looked: dict[str, list[Any]] | None = None
+    ) -> dict[str, Any]:
         """Adds what only the leader's memory knows: why it waits, its progress, its last sign of life."""
         record["env"] = _without_secrets(record["env"])
         state = record["state"]
         if state == "pending":
-            record["why_pending"] = self._desk.why_pending(record, ahead)
+            record["why_pending"] = self._desk.why_pending(record, ahead, looked)
         elif state == "waiting":
             record["why_pending"] = _why_waiting(record, self._desk.now_ms())
         held = self._desk.leases.by_job.get(record["id"])
@@ -292,16 +301,16 @@ class Operations:
 
     async def schedules(self) -> dict[str, Any]:
         """``{"schedules": […]}`` by name, each with its next and its last run."""
-        return {"schedules": await self._scheduler.rows()}
+        return {"schedules": [_shown_schedule(row) for row in await self._scheduler.rows()]}
 
     async def schedule(self, name: str) -> dict[str, Any]:
-        return await self._scheduler.row(name)
+        return _shown_schedule(await self._scheduler.row(name))
 
-    async def put_schedule(self, name: Any, **body: Any) -> dict[str, Any]:
+    async def put_schedule(self, /, name: Any, **body: Any) -> dict[str, Any]:
         """Adds a schedule or replaces the one of this name; answers it."""
         if not isinstance(name, str) or len(name) > 64 or not re.fullmatch(WORD, name):
             raise InvalidInput("name", "must be a word of at most 64 letters, digits and . _ : / -")
-        return await self._scheduler.put(name, body)
+        return _shown_schedule(await self._scheduler.put(name, body))
 
     async def drop_schedule(self, name: str) -> dict[str, Any]:
         await self._scheduler.drop(name)
@@ -409,6 +418,13 @@ class Operations:
 
 def _without_secrets(env: dict[str, str]) -> dict[str, str]:
     return {name: "***" if _SECRET.search(name) else value for name, value in env.items()}
+
+
+def _shown_schedule(row: dict[str, Any]) -> dict[str, Any]:
+    """As anybody may see it: without the credentials of its job."""
+    body = row["schedule"]
+    job = {**body["job"], "env": _without_secrets(body["job"]["env"])} if "env" in body["job"] else body["job"]
+    return {**row, "schedule": {**body, "job": job}}
 
 
 def _nest(totals: dict[tuple[str, str], int]) -> dict[str, dict[str, int]]:

@@ -156,8 +156,9 @@ WHERE state = 'pending' AND (priority > ?1 OR (priority = ?1 AND seq < ?2))
 -- name: unstarted_slice | what a clear drops
 SELECT seq FROM jobs INDEXED BY jobs_by_state WHERE state = ? AND seq <= ? ORDER BY seq LIMIT ?
 
--- name: held_by | the jobs a worker has
-SELECT id FROM jobs INDEXED BY jobs_held WHERE worker = ? AND state IN ('claimed', 'running') ORDER BY seq
+-- name: held_by | the jobs a worker has, but for gangs: see gangs_of
+SELECT id FROM jobs j INDEXED BY jobs_held WHERE worker = ? AND state IN ('claimed', 'running')
+AND NOT EXISTS (SELECT 1 FROM members m WHERE m.seq = j.seq AND m.attempt = j.attempt) ORDER BY seq
 
 -- name: done_before | finished jobs old enough to forget
 SELECT seq, finished_ms FROM jobs INDEXED BY jobs_done WHERE state = ? AND state IN ('completed', 'failed', 'cancelled') AND finished_ms < ?
@@ -173,7 +174,8 @@ INSERT INTO counts VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE SET n = n + ?4 
 INSERT INTO shape_counts VALUES (?1, ?2) ON CONFLICT DO UPDATE SET n = n + ?2 RETURNING n
 
 -- name: all_held | every attempt in progress, for a leader that begins its term
-SELECT j.id, j.attempt, coalesce(m.worker, j.worker), j.kind, j.state, j.claimed_ms, coalesce(m.started_ms, j.started_ms),
+SELECT j.id, j.attempt, coalesce(m.worker, j.worker), j.kind, j.state, j.claimed_ms,
+       iif(m.rank IS NULL, j.started_ms, m.started_ms),
        j.timeout_ms, j.spec, j.priority, (SELECT requires FROM shapes s WHERE s.shape = j.shape),
        coalesce(m.gpus, j.gpus), coalesce(m.rank, 0), m.rank IS NOT NULL
 FROM jobs j INDEXED BY jobs_by_state LEFT JOIN members m ON m.seq = j.seq AND m.attempt = j.attempt

@@ -822,6 +822,7 @@ class QueueState:
                 item.retryable,
                 item.cause,
                 item.result,
+                worker=item.worker,
                 gpu_memory_mb=item.gpu_memory_mb,
             )
         return None
@@ -835,21 +836,23 @@ class QueueState:
         cause: str,
         result: bytes | None,
         *,
+        worker: str,
         gpu_memory_mb: int = 0,
     ) -> None:
-        """Spends one attempt: back with backoff while any is left, else failed for good."""
+        """Spends one attempt: back with backoff while any is left, else failed for good. `worker`: where it failed; of
+        a gang that may be any of its members'."""
         hints = _Hints(*cast(Any, self._run(self._q["job_hints"], (row.seq,)).fetchone()))
         if cause == "exit" and is_exit_code_of(hints.no_retry, exit_code):
             retryable, cause = False, f"exit: code {exit_code} is not retried"
             error = f"{error[: MAX_ERROR_CHARS - 200]} (exit code {exit_code} is one of no_retry_exit_codes)"
         error = error[:MAX_ERROR_CHARS]
         failures = row.failures + 1
-        told = {"attempt": row.attempt, "worker": row.worker, "error": error, "exit_code": exit_code, "cause": cause}
+        told = {"attempt": row.attempt, "worker": worker, "error": error, "exit_code": exit_code, "cause": cause}
         if cause == "timeout":
             self._tell(E.WORK_TIMEOUT, row.id, row.kind, **told)
         if retryable and failures < row.max_attempts:
             wait = backoff_ms(row.backoff_ms, failures, row.id)
-            row = self._hint(row, hints, gpu_memory_mb if cause == "cuda_oom" else 0)
+            row = self._hint(row, hints, worker, gpu_memory_mb if cause == "cuda_oom" else 0)
             self._requeue(row, wait=wait, failures=failures, error=error, exit_code=exit_code, reason=f"retry: {cause}")
             self._tell(E.WORK_RETRIED, row.id, row.kind, **told, backoff_seconds=wait / 1000)
             self._minutes[(self.now_ms // 60_000, row.kind, "retried")] += 1
@@ -857,13 +860,13 @@ class QueueState:
             self._end(row, S.FAILED, error=error, exit_code=exit_code, failures=failures, reason=cause, result=result)
             self._tell(E.WORK_FAILED, row.id, row.kind, **told)
 
-    def _hint(self, row: _Row, hints: _Hints, above_mb: int) -> _Row:
+    def _hint(self, row: _Row, hints: _Hints, worker: str, above_mb: int) -> _Row:
         """The job with requirements that lead its next attempt elsewhere: away from the workers where it failed, and,
         with `above_mb`, to GPUs of more memory than that. Where nothing satisfies them, placement passes over them."""
-        if row.worker is None or len(self._requires) >= MAX_HINTED_SHAPES:
+        if not worker or len(self._requires) >= MAX_HINTED_SHAPES:
             return row
         before = json.loads(hints.failed_on) if hints.failed_on else []
-        failed_on = [*(worker for worker in before if worker != row.worker), row.worker][-MAX_AVOIDED:]
+        failed_on = [*(name for name in before if name != worker), worker][-MAX_AVOIDED:]
         shape = json.loads(self._requires[row.shape])
         asked = hints.asked or self._requires[row.shape]
         shape["avoid"] = sorted(failed_on)
@@ -998,10 +1001,12 @@ class QueueState:
                 continue
             n += 1
             if row.state == S.CLAIMED:
-                self._release(row, _verdict(item.cause, row))  # it never ran, so there is nothing to hold against it
+                # It never ran, so there is nothing to hold against it.
+                self._release(row, _verdict(item.cause, item.worker or row.worker))
             else:
-                self._book(row.worker or "", 1)
-                self._attempt_failed(row, _verdict(item.cause, row), None, True, item.cause, None)
+                worker = item.worker or row.worker or ""
+                self._book(worker, 1)
+                self._attempt_failed(row, _verdict(item.cause, worker), None, True, item.cause, None, worker=worker)
         return n
 
     def _on_release(self, index: int, command: c.Release) -> Any:
@@ -1274,7 +1279,7 @@ class QueueState:
             for (job_id,) in held:
                 row = self._row(cast(str, job_id))
                 assert row is not None
-                if row.state in IN_PROGRESS:  # a gang stands in both lists
+                if row.state in IN_PROGRESS:
                     self._release(row, command.reason)
             self._run("DELETE FROM workers WHERE worker = ?", (worker,))
             n += self._db.changes()
@@ -1312,11 +1317,11 @@ def _renamed(job: c.NewJob, instead: dict[str, str]) -> c.NewJob:
     return job._replace(depends_on=deps, spec=json.dumps(carried, separators=(",", ":")).encode())
 
 
-def _verdict(cause: str, row: _Row) -> str:
+def _verdict(cause: str, worker: str | None) -> str:
     sentences = {
-        "lease_lapsed": f"worker {row.worker} stopped renewing its lease",
-        "timeout": f"worker {row.worker} did not end it after its timeout",
-        "never_started": f"worker {row.worker} claimed it and never started it",
+        "lease_lapsed": f"worker {worker} stopped renewing its lease",
+        "timeout": f"worker {worker} did not end it after its timeout",
+        "never_started": f"worker {worker} claimed it and never started it",
         "no_sign_of_life": "no output, progress, CPU or GPU use",
     }
     return sentences.get(cause, cause)

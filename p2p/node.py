@@ -140,7 +140,7 @@ class Node:
     async def run(self, *, ready: Callable[[Node], None] = lambda node: None) -> None:
         """Starts, runs until told to stop by a signal or ``/admin/shutdown``, stops."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._stop.set)
+        loop.add_signal_handler(signal.SIGINT, self._on_sigint)
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         try:
             try:
@@ -163,6 +163,11 @@ class Node:
             self._notice.set()
         else:
             self._hurry.set()
+        self._stop.set()
+
+    def _on_sigint(self) -> None:
+        """Whoever sits at the terminal does not wait for a notice to be over."""
+        self._hurry.set()
         self._stop.set()
 
     async def _leave(self) -> None:

@@ -13,7 +13,7 @@ from coordination.commands import AttemptDone
 from coordination.dispatcher import Beat, Room
 from coordination.errors import InvalidInput, Refused
 from coordination.job import Closed, Number, ShortWord, Text, Whole
-from coordination.leases import Signs
+from coordination.leases import Notice, Signs
 from coordination.placement import GpuOffer, Offer
 from p2p.api.bodies import check_query, read_model, read_object, validate
 from p2p.api.context import answer, context
@@ -144,13 +144,17 @@ async def claim(request: web.Request) -> web.Response:
         return transport is None or transport.is_closing() or context(request).stopping.is_set()
 
     jobs, notices = await desk.claim(body.worker, wait_seconds=body.wait_seconds, gone=gone)
-    doomed = [{"id": notice.job, "attempt": notice.attempt, "reason": notice.reason} for notice in notices]
-    return answer(request, {"jobs": jobs, "cancel": doomed})
+    return answer(request, {"jobs": jobs, "cancel": _doomed(notices)})
+
+
+def _doomed(notices: list[Notice]) -> list[dict[str, Any]]:
+    return [{"id": notice.job, "attempt": notice.attempt, "reason": notice.reason} for notice in notices]
 
 
 @routes.post("/worker/heartbeat")
 async def heartbeat(request: web.Request) -> web.Response:
-    """``{"cancel": [ids], "stale": [ids]}``: the worker kills both. A claimed job it lists is running now."""
+    """``{"cancel": [ids], "stale": [ids]}``: the worker kills both. A claimed job it lists is running now. If there are
+    any, ``make_way: [{"id", "attempt", "reason"}]`` are to end by SIGTERM, and then to fail with that cause."""
     check_query(request)
     body = await read_model(request, HeartbeatBody)
     desk = context(request).dispatcher
@@ -168,7 +172,10 @@ async def heartbeat(request: web.Request) -> web.Response:
         )
         beats.append(Beat(signs, _ms(job.started_at) or desk.now_ms()))
     stale, cancelled = await desk.heartbeat(body.worker, beats, first=body.first)
-    return answer(request, {"cancel": cancelled, "stale": stale})
+    told: dict[str, Any] = {"cancel": cancelled, "stale": stale}
+    if orders := desk.leases.orders(body.worker):  # a worker that is full need not claim, and would not hear of these
+        told["make_way"] = _doomed(orders)
+    return answer(request, told)
 
 
 @routes.post("/worker/complete")

@@ -184,11 +184,28 @@ class WorkerPullLoop(Loop):
     async def leave(self, seconds: float) -> None:
         """Has the jobs here end, or move on before `seconds` are over; returns once nothing is left to report."""
         graces = [job.description.get("grace_seconds", 30.0) for job in self.workplace.jobs.values() if not job.ended]
-        spare = seconds - max(graces, default=0.0) - LEAVE_SPARE_SECONDS
-        await self._until_answered(lambda: self._desk.leave(self.workplace.node, max(spare, 0.0)))
-        while self.workplace.jobs:
-            self._delivered.clear()
-            await self._delivered.wait()
+        until = time.monotonic() + seconds - max(graces, default=0.0) - LEAVE_SPARE_SECONDS
+        node = self.workplace.node
+        ending = asyncio.create_task(self._end_all(until), name="worker-leave")
+        try:
+            # However late a leader is found: the machine goes when it was said to go.
+            await self._until_answered(lambda: self._desk.leave(node, max(until - time.monotonic(), 0.0)))
+            while self.workplace.jobs:
+                self._delivered.clear()
+                await self._delivered.wait()
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+
+    async def _end_all(self, until: float) -> None:
+        """Asks what runs here to end, at `until` (monotonic) and from then on: if no leader says so, this node does. A
+        job that has its grace can save what it has done, whoever leads afterwards."""
+        await asyncio.sleep(max(until - time.monotonic(), 0.0))
+        while True:
+            for job in list(self.workplace.jobs.values()):
+                if not job.ended:
+                    await self.end_attempt(job.key, "drained", "its machine is being taken away")
+            await asyncio.sleep(RETRY_SECONDS)
 
     def running_jobs(self) -> int:
         """Attempts that run here now."""

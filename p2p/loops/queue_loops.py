@@ -86,6 +86,7 @@ class QueueMaintenanceLoop(Loop):
         if now - self._pruned_at >= PRUNE_SECONDS * 1000:
             self._pruned_at = now
             self.stats["workers_forgotten"] += await self._desk.clear_inactive_workers(SILENT_WORKER_MS)
+            await self._desk.forget_machines(SILENT_WORKER_MS)
             self.stats["jobs_pruned"] += await self._desk.purge(
                 ("completed", "failed", "cancelled"),
                 older_than_ms=int(self._policy.keep_finished_hours * 3_600_000),

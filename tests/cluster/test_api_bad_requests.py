@@ -540,6 +540,18 @@ OPERATORS = [
     to("/alerts", "message", "message", "string", {"name": "a", "message": 1}),
     to("/alerts/clear", "nothing", "name", "is required", {}),
     to("/alerts/clear", "name", "name", "printable", {"name": "\u202e"}),
+    to("/schedules", "nothing", "name", "is required", {}),
+    to("/schedules", "self", "self", "no such field", {"name": "a", "cron": "* * * * *", "job": job(), "self": 1}),
+    to(
+        "/schedules",
+        "zone",
+        "timezone",
+        "no time zone",
+        {"name": "a", "cron": "* * * * *", "job": job(), "timezone": "\0"},
+    ),
+    to(
+        "/schedules", "job", "job.commando", "no such field", {"name": "a", "cron": "* * * * *", "job": {"commando": 1}}
+    ),
     to("/nodes/nobody/drain", "unknown", "id", "there is no node 'nobody'", {}, 404),
     to("/nodes/%00/undrain", "nul", "id", "there is no node", {}, 404),
     to("/nodes/n1/drain", "body", "until", "no such field", {"until": "noon"}),

@@ -375,6 +375,21 @@ def test_an_attempt_that_was_preempted_is_not_spent(worker: Worker) -> None:
     assert (record["state"], record["failed_attempts"], record["reason"]) == ("pending", 0, "released: preempted")
 
 
+def test_a_worker_that_only_beats_is_told_who_must_make_way(worker: Worker) -> None:
+    """It is full, so it does not claim; it would hear of it when its job was taken from it, without a checkpoint."""
+    job = worker.holding(max_attempts=1)
+    beat = {"id": job["id"], "attempt": 1}
+    assert "make_way" not in worker.beat(beat)
+    status, told = worker.node.request("POST", f"/nodes/{worker.name}/drain", {"deadline_seconds": 0})
+    assert status == 200, told
+    asked = wait_until(lambda: worker.beat(beat).get("make_way"))
+    assert asked == [{"id": job["id"], "attempt": 1, "reason": "drained"}]
+    assert worker.tell("fail", {**beat, "worker": worker.name, "error": "SIGTERM", "cause": "drained"})[0] == 200
+    record = worker.node.job(job["id"])
+    assert (record["state"], record["failed_attempts"]) == ("pending", 0)
+    assert worker.node.request("POST", f"/nodes/{worker.name}/undrain", {})[0] == 200
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [

@@ -26,6 +26,8 @@ class FakeDesk:
     async def clear_inactive_workers(self, silent_ms: int) -> int:
         return 1
 
+    async def forget_machines(self, silent_ms: int) -> None: ...
+
     async def purge(self, states: tuple[str, ...], **limits: Any) -> int:
         return 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ class FakeDesk:
         self.describing = asyncio.Event()
         self.describing.set()
         self.finish_errors: list[Exception] = []
+        self.leaves: list[float] = []
+        self.nobody_leads = False
 
     def make_room(self, room: Room) -> None: ...
 
@@ -116,6 +119,11 @@ class FakeDesk:
 
     def mono_ms(self) -> int:
         return 0
+
+    async def leave(self, worker: str, seconds: float) -> None:
+        self.leaves.append(seconds)
+        if self.nobody_leads:
+            raise Refused(503, "nobody is known to lead; nothing was done")
 
     def give(self, job: str, attempt: int = 1) -> None:
         self.claims.put_nowait(([{"id": job, "attempt": attempt, "command": ["true"], "requires": {}}], []))
@@ -420,3 +428,28 @@ def test_progress_that_stays_unreadable_is_told_of(tmp_path: Path) -> None:
     assert look(6) is None
     path.write_text('{"step": 1}')
     assert look(7) == b'{"step":1}'
+
+
+async def test_jobs_are_asked_to_end_in_time_though_nobody_leads(worker: Worker) -> None:
+    """The machine goes all the same; a job that has its grace can save what it has done."""
+    await worker.holds("a")
+    worker.desk.nobody_leads = True
+    leaving = asyncio.create_task(worker.loop.leave(10))  # less than the grace of 30 s
+    await worker.until(lambda: worker.runner.stopped == [("a", 1)])
+    assert not leaving.done()
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+
+
+async def test_a_leader_that_is_found_late_is_told_how_little_time_is_left(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.desk.nobody_leads = True
+    leaving = asyncio.create_task(worker.loop.leave(100))
+    await worker.until(lambda: worker.desk.leaves)
+    clock = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)
+    worker.desk.nobody_leads = False
+    await worker.until(leaving.done)
+    assert worker.desk.leaves[0] > 90
+    assert 30 < worker.desk.leaves[-1] < 40
