@@ -648,7 +648,7 @@ class Dispatcher:
         """A worker's machine will be taken away: what still runs there in `seconds` is asked to go elsewhere. The drain
         ends when the worker comes back; what operators have said of it stays."""
         now = self._clock.now_ms()
-        deadline_ms, reason = now + max(round(seconds * 1000), 1), LEAVING
+        deadline_ms, reason = now + max(round(seconds * 1000), 0), LEAVING
         async with self._marking:
             known = self.marks.get(worker)
             if known is not None and known.draining and not _is_leaving(known):
