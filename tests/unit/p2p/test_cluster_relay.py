@@ -52,7 +52,10 @@ async def test_what_was_asked_for_travels_along(led: Boxes) -> None:
     job = await job_on_c(led, "1\n2\n3\n")
     assert (await led.b.ask("GET", f"/jobs/{job}/logs?tail=2")).body == b"2\n3\n"
     assert led.c.asked[-1][1] == f"/jobs/{job}/logs?tail=2&attempt=1"
-    assert led.c.heads[-1]["x-p2p-direct"] == "live"
+    assert led.c.heads[-1]["x-p2p-direct"] == "live", "by its record it is not over yet"
+    part = await led.b.ask("GET", f"/jobs/{job}/logs", headers={"Range": "bytes=2-3"})
+    assert (part.status, part.body, part.headers["content-range"]) == (206, b"2\n", "bytes 2-3/6")
+    assert led.c.heads[-1]["range"] == "bytes=2-3"
     missing = await led.b.ask("GET", f"/jobs/{job}/logs?attempt=7")
     assert (missing.status, missing.body["field"]) == (404, "attempt")
 
