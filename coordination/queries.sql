@@ -225,5 +225,9 @@ SELECT kind, what, n FROM totals
 
 -- name: workers | the books of every worker
 SELECT w.worker, w.completed, w.failed,
-       (SELECT count(*) FROM jobs j INDEXED BY jobs_held WHERE j.worker = w.worker AND j.state IN ('claimed', 'running'))
+       (SELECT count(*) FROM jobs j INDEXED BY jobs_held WHERE j.worker = w.worker AND j.state IN ('claimed', 'running')
+        AND NOT EXISTS (SELECT 1 FROM members m WHERE m.seq = j.seq AND m.attempt = j.attempt))
+       + (SELECT count(*) FROM members m INDEXED BY members_of JOIN jobs j ON j.seq = m.seq
+          WHERE m.worker = w.worker AND m.state <> 'ended' AND j.attempt = m.attempt
+          AND j.state IN ('claimed', 'running'))
 FROM workers w ORDER BY w.worker

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 JOBS = 5  # different jobs that failed on it, with none that succeeded in between
 WINDOW_MS = 600_000
+REMEMBERED = 200  # ends of one node
 OTHERS_FAIL_AT_MOST = 0.5  # of what ended elsewhere in the window
 
 
@@ -19,12 +20,30 @@ OTHERS_FAIL_AT_MOST = 0.5  # of what ended elsewhere in the window
 class _Ends:
     """How attempts ended on one node lately: (when, job, whether well)."""
 
-    ends: deque[tuple[int, str, bool]] = field(default_factory=lambda: deque(maxlen=200))
+    ends: deque[tuple[int, str, bool]] = field(default_factory=deque)
+    bad: int = 0  # of them
 
-    def since(self, at: int) -> list[tuple[int, str, bool]]:
+    def add(self, at: int, job: str, ok: bool) -> None:
+        if len(self.ends) == REMEMBERED:
+            self._drop()
+        self.ends.append((at, job, ok))
+        self.bad += not ok
+
+    def _drop(self) -> None:
+        self.bad -= not self.ends.popleft()[2]
+
+    def forget_before(self, at: int) -> None:
         while self.ends and self.ends[0][0] < at:
-            self.ends.popleft()
-        return list(self.ends)
+            self._drop()
+
+    def streak(self) -> int:
+        """How many different jobs failed last, with none that succeeded in between; no more than `JOBS` are counted."""
+        jobs: set[str] = set()
+        for _, job, ok in reversed(self.ends):
+            if ok or len(jobs) == JOBS:
+                break
+            jobs.add(job)
+        return len(jobs)
 
 
 class Trouble:
@@ -35,27 +54,27 @@ class Trouble:
 
     def note(self, node: str, job: str, ok: bool, now: int) -> bool:
         """An attempt ended by itself. True if this node should get no more work."""
-        self._nodes.setdefault(node, _Ends()).ends.append((now, job, ok))
-        return not ok and self._is_black_hole(node, now)
+        mine = self._nodes.setdefault(node, _Ends())
+        mine.add(now, job, ok)
+        mine.forget_before(now - WINDOW_MS)
+        return not ok and mine.streak() == JOBS and self._others_do_better(node, now)
 
-    def _is_black_hole(self, node: str, now: int) -> bool:
-        streak: set[str] = set()
-        for _, job, ok in reversed(self._nodes[node].since(now - WINDOW_MS)):
-            if ok:
-                break
-            streak.add(job)
-        if len(streak) < JOBS:
-            return False
-        elsewhere = [
-            ok for name, ends in self._nodes.items() if name != node for _, _, ok in ends.since(now - WINDOW_MS)
-        ]
-        # Without a word from any other node it may as well be the jobs.
-        return bool(elsewhere) and elsewhere.count(False) <= OTHERS_FAIL_AT_MOST * len(elsewhere)
+    def _others_do_better(self, node: str, now: int) -> bool:
+        """Without a word from any other node it may as well be the jobs."""
+        total = bad = 0
+        for name, others in self._nodes.items():
+            if name != node:
+                others.forget_before(now - WINDOW_MS)
+                total += len(others.ends)
+                bad += others.bad
+        return total > 0 and bad <= OTHERS_FAIL_AT_MOST * total
 
     def forget(self, node: str) -> None:
         """It is given another chance."""
         self._nodes.pop(node, None)
 
     def forget_old(self, now: int) -> None:
-        for name in [name for name, ends in self._nodes.items() if not ends.since(now - WINDOW_MS)]:
+        for ends in self._nodes.values():
+            ends.forget_before(now - WINDOW_MS)
+        for name in [name for name, ends in self._nodes.items() if not ends.ends]:
             del self._nodes[name]

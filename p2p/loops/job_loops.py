@@ -173,6 +173,7 @@ class WorkerPullLoop(Loop):
         self.on_gpus_freed: Callable[[], None] = lambda: None  # a job with GPUs has ended
         self._early: dict[Key, AttemptReport] | None = None  # reports that came while attempts were being taken up
         self._renewed_at = 0
+        self._leaves_at: float | None = None  # monotonic: when what runs here is asked to go; the machine goes too
         self.taken_up = False  # whether it is known what has run here since before this start
         self.stats.update(jobs_pulled=0, pull_failures=0, jobs_reported=0, reports_refused=0)
 
@@ -185,17 +186,21 @@ class WorkerPullLoop(Loop):
         """Has the jobs here end, or move on before `seconds` are over; returns once nothing is left to report."""
         graces = [job.description.get("grace_seconds", 30.0) for job in self.workplace.jobs.values() if not job.ended]
         until = time.monotonic() + seconds - max(graces, default=0.0) - LEAVE_SPARE_SECONDS
-        node = self.workplace.node
+        self._leaves_at = until
         ending = asyncio.create_task(self._end_all(until), name="worker-leave")
         try:
             # However late a leader is found: the machine goes when it was said to go.
-            await self._until_answered(lambda: self._desk.leave(node, max(until - time.monotonic(), 0.0)))
+            await self._tell_leaving(until)
             while self.workplace.jobs:
                 self._delivered.clear()
                 await self._delivered.wait()
         finally:
             ending.cancel()
             await asyncio.gather(ending, return_exceptions=True)
+
+    async def _tell_leaving(self, until: float) -> None:
+        node = self.workplace.node
+        await self._until_answered(lambda: self._desk.leave(node, max(until - time.monotonic(), 0.0)))
 
     async def _end_all(self, until: float) -> None:
         """Asks what runs here to end, at `until` (monotonic) and from then on: if no leader says so, this node does. A
@@ -280,6 +285,8 @@ class WorkerPullLoop(Loop):
         missing = [job for key, job in self.workplace.jobs.items() if key not in listed and not job.ended]
         await self._begin(missing)
         await self._until_answered(lambda: self._send_beats(list(self.workplace.jobs.values()), {}, first=True))
+        if self._leaves_at is not None:
+            await self._tell_leaving(self._leaves_at)  # a first word reads as if its machine was there to stay
         self._in_touch = True
 
     async def _described(self, keys: list[Key]) -> dict[Key, dict[str, Any]]:

@@ -118,3 +118,11 @@ def test_a_worker_whose_member_has_ended_well_may_go(tmp_path: Path) -> None:
     assert queue.column("g", "state") == "running"
     queue.finish("g", worker="w1")
     assert queue.column("g", "state") == "completed"
+
+
+async def test_the_books_of_each_worker_count_its_member(desk: Desk) -> None:
+    desk.apply(GANG)
+    assert {book.worker: book.assigned for book in desk.reader.workers()} == {"w0": 1, "w1": 1}
+    done = c.AttemptDone("g", 1, "w0", True, None, None, 0, True, T0, "exit")
+    desk.apply(c.Finish(T0, (done,)))
+    assert {book.worker: book.assigned for book in desk.reader.workers()} == {"w0": 0, "w1": 1}

@@ -453,3 +453,13 @@ async def test_a_leader_that_is_found_late_is_told_how_little_time_is_left(
     await worker.until(leaving.done)
     assert worker.desk.leaves[0] > 90
     assert 30 < worker.desk.leaves[-1] < 40
+
+
+async def test_a_node_that_leaves_goes_on_leaving_when_its_runner_comes_back(worker: Worker) -> None:
+    await worker.holds("a")
+    leaving = asyncio.create_task(worker.loop.leave(1_000))
+    await worker.until(lambda: len(worker.desk.leaves) == 1)
+    worker.runner.lose()
+    await worker.until(lambda: len(worker.desk.leaves) == 2)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
