@@ -255,6 +255,7 @@ class Dispatcher:
         worker = room.free.node
         if worker not in self.rooms and len(self.rooms) >= MAX_WORKERS:
             raise Refused(429, f"{MAX_WORKERS} workers are known already; clear the inactive ones")
+        self._heard(worker)
         self.matching.make_room(room)
 
     async def claim(
@@ -519,7 +520,7 @@ class Dispatcher:
         if not there:
             if aside:
                 return f"every node that asks for work is cordoned or draining: {', '.join(m.node for m in barred[:5])}"
-            if self.rooms:
+            if self.rooms and not any(map(self._is_there, self.rooms)):
                 return f"all {len(self.rooms)} known workers have been silent for longer than a lease: restart them"
             return "no worker has asked for work yet"
         hints = record.get("placement_hints", {})
@@ -565,6 +566,8 @@ class Dispatcher:
             return ""
         names = ", ".join(kept.nodes[:8])
         left = sum(attempt.node in kept.nodes for attempt in kept.awaited)
+        if not left:
+            return f"room is kept for it on {names} until work is asked for there"
         when = ""
         if kept.preempts:
             when = "; it has been asked to make way"

@@ -216,7 +216,7 @@ IMPOSSIBLE = {
     "gpus": ({"gpus": 3}, "needs 3 GPUs; the most on one node is 2"),
     "gpu-memory": (
         {"gpus": 2, "gpu_memory_mb": 50_000},
-        "needs 50000 MB on each of 2 GPUs; the largest GPU has 80000 MB on n1",
+        "needs 50000 MB on each of 2 GPUs; the most on one node is 1",
     ),
     "gpu-memory-all": (
         {"gpus": 1, "gpu_memory_mb": 90_000},

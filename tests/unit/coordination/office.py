@@ -45,7 +45,6 @@ class Office(Desk):
         """These workers ask for work, and have room."""
         for worker in workers:
             offer = Offer(node=worker, cpus=cpus)
-            self.desk._heard(worker)
             self.desk.make_room(Room(offer, offer, 8))
 
     def submit(self, *jobs: str, **changes: Any) -> None:
