@@ -41,9 +41,7 @@ async def test_nobody_is_called_silent_who_has_just_come(office: Office) -> None
     office.hire("w")
     assert why(office) == "no worker has asked for work yet", "it has room, which nobody has looked at"
     await looked_round(office)
-    assert why(office) == (
-        "fits now; what goes first is placed first; first in line; room is kept for it on w until work is asked for there"
-    )
+    assert why(office).startswith("fits now; what goes first is placed first; first in line")
 
 
 async def test_who_was_not_heard_of_for_a_lease_is_silent(office: Office) -> None:
