@@ -9,11 +9,7 @@
        |                                                                  |   ^                        '- strays
        '-- connect(): all that runs or is not acked    end on disk <------'   '-- SIGCHLD, wait4 <-------'
 
-<<<<<<< HEAD
-    beside it: logs.py caps stdout and stderr (stream.py: as they lie on disk, for whoever reads them), memory.py watches
-=======
     beside it: logs.py caps stdout and stderr (stream.py: as they lie on disk, for its readers), memory.py watches
->>>>>>> h-limits
     limits that no cgroup holds (groups.py), activity.py samples signs of life, orphans.py clears up after a killed
     runner (chores.py runs these); family.py says whose a process is, processes.py what the kernel knows of it,
     kernel_log.py whom its OOM killer ended; launch.py and serve.py start the daemon.
