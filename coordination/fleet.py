@@ -47,6 +47,7 @@ class Fleet:
         self.open: set[str] = set()
         self._ranks: OrderedDict[Need, _Rank] = OrderedDict()
         self._could: dict[Need, Need | None] = {}
+        self.scored = 0  # how often a node was scored
 
     # -- nodes come, change and go --------------------------------------------------------------------------------
 
@@ -140,6 +141,7 @@ class Fleet:
             if need.prefer == "memory":
                 cost = -float(node.total_memory_mb)
             heapq.heappush(heap, Candidate(_detour(need, node), cost, name, node.version, gpus))
+        self.scored += len(rank.changed)
         rank.changed = set()
 
     def score(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
