@@ -47,6 +47,7 @@ class Fleet:
         self.open: set[str] = set()
         self._ranks: OrderedDict[Need, _Rank] = OrderedDict()
         self._could: dict[Need, Need | None] = {}
+        self.scored = 0  # how often a node was scored
 
     def use(self, scoring: Scoring) -> None:
         """Another opinion on which node is best, from now on."""
@@ -135,6 +136,7 @@ class Fleet:
         for name in changed:
             if name in self.open:
                 self._score(rank, self.nodes[name])
+        self.scored += len(changed)
 
     def _score(self, rank: _Rank, node: Node) -> None:
         need = rank.need

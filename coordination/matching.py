@@ -24,7 +24,7 @@ from coordination.planner import Assignment, Lane, Plan, Planner
 from coordination.queue_reads import HeldRow
 from coordination.queue_state import ChangedLanes, Claimed, ReadyLane
 
-LEAST_HEADS, MOST_HEADS = 16, 256  # of a lane, read at a time
+LEAST_HEADS, MOST_HEADS = 16, 1_000  # of a lane, read at a time: no fewer than one worker could take
 ENDS_SLACK_MS = 5_000  # what ending takes beyond the time limit and the grace
 
 
@@ -70,6 +70,8 @@ class Matching:
         self.rooms: dict[str, Room] = {}
         self.barred: dict[str, str] = {}  # nodes that get nothing new, and why
         self._parked: dict[str, list[Parked]] = {}
+        self._impatient: list[Parked] = []  # are answered by the next round, whatever it finds
+        self._heads = LEAST_HEADS
         self._stale: set[str] = set()  # workers whose node is to be set anew
         self._wanted = self._all = True  # a round; one that looks at every lane
         self._lanes_upto = 0  # what is known of the queue; 0: nothing
@@ -84,6 +86,7 @@ class Matching:
         """A worker's room has changed."""
         worker = room.free.node
         self.rooms[worker] = room
+        self._heads = min(max(self._heads, room.max_jobs), MOST_HEADS)
         self._stale.add(worker)
         if worker in self._parked:
             self.wake()
@@ -97,9 +100,11 @@ class Matching:
         entry = Parked(worker, until, gone, asyncio.get_running_loop().create_future())
         self._parked.setdefault(worker, []).append(entry)
         self._stale.add(worker)
+        left = until - self._mono_ms()
+        if left <= 0:
+            self._impatient.append(entry)
         self.wake()
         try:
-            left = until - self._mono_ms()
             if left > 0:
                 await asyncio.wait({entry.future}, timeout=left / 1000)
                 if not entry.future.done() and self._is_parked(entry):
@@ -183,48 +188,47 @@ class Matching:
         try:
             while self._wanted and not self._closed:
                 self._wanted = False
-                waiting = [entry for entries in self._parked.values() for entry in entries]
+                impatient, self._impatient = self._impatient, []
                 try:
-                    await self._round()
+                    finished = await self._round()
                 except Exception as error:
-                    for entry in waiting:
-                        if self._is_parked(entry) and not entry.future.done():
-                            self._unpark(entry)
+                    for entry in [entry for entries in self._parked.values() for entry in entries]:
+                        self._unpark(entry)
+                        if not entry.future.done():
                             entry.future.set_exception(error)
                     self._lanes_upto = 0  # what was read may be lost
                     return
-                self._dismiss(waiting)
+                if not finished:
+                    self._impatient[:0] = impatient
+                    self.wake(everything=True)
+                    await asyncio.sleep(0)
+                    continue
+                for entry in impatient:
+                    if self._is_parked(entry):
+                        self._dismiss_one(entry)
         finally:
             self._rounds_task = None
             if self._wanted and self._parked and not self._closed:
                 self.wake()
 
-    async def _round(self) -> None:
-        places = sum(room.max_jobs for worker in self._parked if (room := self.rooms.get(worker)) is not None)
-        told = await self._lanes(min(max(places, LEAST_HEADS), MOST_HEADS), self._lanes_upto)
+    async def _round(self) -> bool:
+        """Whether all has been decided that can be decided now."""
+        told = await self._lanes(self._heads, self._lanes_upto)
         if self._closed:
-            return
+            return True
         changed, self._lanes_upto = told.lanes, told.upto
         if told.whole:
             for gone in sorted(set(self.planner.lanes) - {lane.shape for lane in changed}):
                 self.planner.set_lane(Lane(number=gone, need=need_of("{}")))
         for lane in changed:
             self._set_lane(lane)
-        for entry in [entry for entries in self._parked.values() for entry in entries if entry.gone()]:
-            self._dismiss_one(entry)
         thorough, self._all = self._all, False
         everything = thorough or bool(self._stale)
         self._set_nodes()
         lanes = None if everything else [lane.shape for lane in changed]
         plan = self.planner.plan(self._mono_ms(), lanes, thorough=thorough)
         self._carry_out(plan)
-
-    def _dismiss(self, waiting: list[Parked]) -> None:
-        """Answers those that a round has looked for and whose time was up."""
-        now = self._mono_ms()
-        for entry in waiting:
-            if entry.until <= now and self._is_parked(entry):
-                self._dismiss_one(entry)
+        return not plan.unfinished
 
     def _dismiss_one(self, entry: Parked) -> None:
         self._unpark(entry)
@@ -271,23 +275,41 @@ class Matching:
     # -- decisions become entries -----------------------------------------------------------------------------------
 
     def _carry_out(self, plan: Plan) -> None:
-        if plan.assignments:
-            workers = {worker for assignment in plan.assignments for worker, _ in assignment.members}
-            for assignment in plan.assignments:
+        now = self._mono_ms()
+        workers = {worker for assignment in plan.assignments for worker, _ in assignment.members}
+        entries = {worker: self._parked[worker][0] for worker in sorted(workers)}
+        left = self._without_gone(plan.assignments, entries, now)
+        if left:
+            for assignment in left:
                 self._arrived(self.planner.lanes[assignment.lane].need, len(assignment.members))
-            entries: dict[str, Parked] = {}
-            for worker in sorted(workers):
-                entries[worker] = self._parked[worker][0]
+            for worker in {worker: None for assignment in left for worker, _ in assignment.members}:
                 self._unpark(entries[worker])
                 self.planner.close(worker)
-            self._own(self._commit(plan.assignments, entries))
-        now = self._mono_ms()
+            self._own(self._commit(left, entries))
         for preemption in plan.preemptions:
             for victim in preemption.victims:
                 held = self._leases.of(victim.node, victim.job)
                 if held is not None and held.attempt == victim.attempt:
                     self._leases.make_way(held, "preempted", now)
                     self.nudge(victim.node)
+
+    def _without_gone(self, plan: list[Assignment], entries: dict[str, Parked], now: int) -> list[Assignment]:
+        """Those decisions whose askers are all still there; another round decides anew for the others."""
+        gone = {worker for worker, entry in entries.items() if entry.gone()}
+        if not gone:
+            return plan
+        left = []
+        for assignment in plan:
+            workers = {worker for worker, _ in assignment.members}
+            if workers & gone:
+                self.planner.settled(assignment, (), now)
+                self._stale |= workers
+            else:
+                left.append(assignment)
+        for worker in sorted(gone):
+            self._dismiss_one(entries.pop(worker))
+        self.wake(everything=True)
+        return left
 
     async def _commit(self, assignments: list[Assignment], entries: dict[str, Parked]) -> None:
         """Journals decisions and answers the claims they are for."""
@@ -328,8 +350,8 @@ class Matching:
                     if assignment.seq in claimed:
                         told[worker].append(self._told(claimed[assignment.seq], assignment, rank, began))
                 planner.settled(assignment, began, self._mono_ms())
-        for worker, entry in entries.items():
-            self._answer(entry, told[worker], failed.get(worker))
+        for worker in {worker: None for assignment in assignments for worker, _ in assignment.members}:
+            self._answer(entries[worker], told[worker], failed.get(worker))
         self.wake()
 
     def _told(self, claimed: Claimed, decision: Assignment, rank: int, began: list[Running]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ both say.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ class Occupancy:
         self.running: dict[str, dict[str, Running]] = {}  # node -> job -> attempt
         self._left: dict[str, tuple[Offer, Node]] = {}  # what a node has in all, and what `running` leaves of it
         self._ending: dict[str, list[Running]] = {}
+        self._priorities: Counter[int] = Counter()  # of those that may be asked to make way
 
     def on(self, node: str) -> Collection[Running]:
         return self.running.get(node, {}).values()
@@ -54,9 +56,15 @@ class Occupancy:
             self._ending[node] = known
         return known
 
+    def least_priority(self) -> int:
+        """Of all that may be asked to make way."""
+        return min(self._priorities, default=NEVER)
+
     def add(self, attempt: Running) -> None:
         self.running.setdefault(attempt.node, {})[attempt.job] = attempt
         self._ending.pop(attempt.node, None)
+        if attempt.preemptible:
+            self._priorities[attempt.priority] += 1
         if attempt.node in self._left:
             left = self._left[attempt.node][1]
             left.take(attempt.need, left.numbers(attempt.gpus))
@@ -69,6 +77,10 @@ class Occupancy:
         if not mine:
             del self.running[node]
         self._ending.pop(node, None)
+        if attempt.preemptible:
+            self._priorities[attempt.priority] -= 1
+            if not self._priorities[attempt.priority]:
+                del self._priorities[attempt.priority]
         if node in self._left:
             left = self._left[node][1]
             left.give(attempt.need, left.numbers(attempt.gpus))

@@ -181,6 +181,7 @@ class Node:
     tags: dict[str, int] = field(default_factory=dict)
     version: int = 0  # one more whenever what is free changes: see `Fleet`
     _admitted: dict[Need, tuple[int, ...] | None] = field(default_factory=dict)
+    _number: dict[str, int] = field(default_factory=dict)  # of each GPU, by uuid
 
     @classmethod
     def of(cls, free: Offer, total: Offer | None = None) -> Node:
@@ -213,6 +214,7 @@ class Node:
             total_cpu_milli=_down(total.cpus),
             total_memory_mb=total.memory_mb,
             total_disk_mb=total.disk_mb,
+            _number={gpu.uuid: n for n, gpu in enumerate(gpus)},
         )
 
     def same_kind(self, other: Node) -> bool:
@@ -239,10 +241,24 @@ class Node:
 
     def copy(self) -> Node:
         """A copy whose free part moves by itself."""
-        gpus = [replace(gpu) for gpu in self.gpus]
-        node = replace(self, gpus=gpus, tags=dict(self.tags))
-        node._admitted = self._admitted
-        return node
+        return Node(
+            self.name,
+            self.cpu_milli,
+            self.memory_mb,
+            self.disk_mb,
+            [
+                Gpu(g.uuid, g.model, g.capability, g.total_mb, g.share, g.memory_mb, g.numa_node, g.links)
+                for g in self.gpus
+            ],
+            self.labels,
+            self.total_cpu_milli,
+            self.total_memory_mb,
+            self.total_disk_mb,
+            dict(self.tags),
+            self.version,
+            self._admitted,
+            self._number,
+        )
 
     # -- does it fit ------------------------------------------------------------------------------------------------
 
@@ -315,8 +331,8 @@ class Node:
 
     def numbers(self, uuids: Iterable[str]) -> list[int]:
         """The numbers of these GPUs; those it does not have (any more) are left out."""
-        wanted = set(uuids)
-        return [n for n, gpu in enumerate(self.gpus) if gpu.uuid in wanted]
+        number = self._number
+        return [number[uuid] for uuid in uuids if uuid in number]
 
 
 def _may_serve(need: Need, gpu: Gpu) -> bool:

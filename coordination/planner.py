@@ -26,7 +26,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from coordination.fleet import Candidate, Fleet
@@ -39,7 +39,9 @@ from coordination.shares import Shares
 MAX_RESERVATIONS = 8
 LOOK_AGAIN_MS = 1_000  # between two looks at all nodes for the same lane
 SETTLE_MS = 5_000  # from an end to the node's word that it is free; then room is looked for elsewhere
-MAX_LOOKS = 8  # at all nodes, in one round
+MAX_LOOKED = 1_000  # nodes looked at for room in one round: what is beyond that waits for the next
+MAX_SCORED = 4_000  # nodes scored in one round, and jobs placed: a round must not keep the event loop from others
+MAX_PLACED = 256
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,8 +82,11 @@ class Preemption(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """`unfinished`: there is more to decide, and another round must follow at once."""
+
     assignments: list[Assignment]
     preemptions: list[Preemption]
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +108,11 @@ class _Round:
     now: int
     below: set[str]  # kinds below their floor
     plan: Plan
-    looks: int = MAX_LOOKS
+    thorough: bool
+    nodes_to_look_at: int = MAX_LOOKED
     passed_over: bool = False  # a head found no node that is not kept for another
     waiting: list[tuple[Key, int]] | None = None  # blocked lanes for which no room is kept, in order
+    shares: dict[str, float] = field(default_factory=dict)  # of groups, as far as they have not changed in this round
 
 
 @dataclass(slots=True)
@@ -115,6 +122,7 @@ class _Blocked:
     seq: int
     since_ms: int
     again_ms: int = 0  # when room for it is looked for again
+    stop_again_ms: int = 0  # when it is looked again whether others could make way
 
 
 class _Victims(NamedTuple):
@@ -250,7 +258,10 @@ class Planner:
         return None
 
     def _key(self, lane: Lane, head: Head, this: _Round) -> Key:
-        return (self.shares.of_group(lane.group, this.now), lane.kind not in this.below, -head.priority, head.seq)
+        share = this.shares.get(lane.group)
+        if share is None:
+            share = this.shares[lane.group] = self.shares.of_group(lane.group, this.now)
+        return (share, lane.kind not in this.below, -head.priority, head.seq)
 
     def _below(self, now: int) -> set[str]:
         return self.shares.kinds_below_floor({lane.kind for lane in self.lanes.values()}, now)
@@ -259,16 +270,19 @@ class Planner:
 
     def plan(self, now: int, lanes: Iterable[int] | None = None, *, thorough: bool = True) -> Plan:
         """Decides for these lanes (all, if none are named) what can be decided now. What is assigned is spoken for, and
-        taken from its nodes, until it is `settled`. `thorough`: room is kept and work is stopped even if nobody waits
-        for work."""
-        this = _Round(now, self._below(now), Plan([], []), waiting=[] if lanes is None else None)
+        taken from its nodes, until it is `settled`. `thorough`: lanes are looked at even if nobody waits for
+        work, and work is stopped for those that have waited: once a second is enough for that."""
+        this = _Round(now, self._below(now), Plan([], []), thorough, waiting=[] if lanes is None else None)
         queue = []
         for lane in self.lanes.values() if lanes is None else [self.lanes[n] for n in lanes if n in self.lanes]:
             head = self._head(lane)
             if head is not None:
                 queue.append((self._key(lane, head, this), lane.number))
         heapq.heapify(queue)
+        most = self.fleet.scored + MAX_SCORED
         while queue and (thorough or self.fleet.open):
+            if self.fleet.scored > most or len(this.plan.assignments) >= MAX_PLACED:
+                return this.plan._replace(unfinished=True)
             key, number = heapq.heappop(queue)
             lane = self.lanes[number]
             head = self._head(lane)
@@ -293,9 +307,11 @@ class Planner:
     def _find(self, lane: Lane, head: Head, key: Key, this: _Round) -> list[Candidate] | None:
         """The best open node, or as many as a gang needs, that this lane may use now."""
         need = lane.need
-        if need.nodes == 1 and not self.kept.on:
-            best = self.fleet.best(need)
-            return None if best is None else [best]
+        best = self.fleet.best(need)
+        if best is None:
+            return None
+        if need.nodes == 1 and best.name not in self.kept.on:
+            return [best]
         wanted = self.fleet.could(need) or need
 
         def passes(kept: Reservation) -> bool:
@@ -348,6 +364,7 @@ class Planner:
         owed = lane.kind in this.below and self._anything_as_urgent_as(head.priority + self.policy.preempt_gap)
         for attempt in attempts:
             self.began(attempt, this.now)
+        this.shares.pop(lane.group, None)
         if lane.kind in this.below:
             this.below = self._below(this.now)
         self.spoken_for.add(head.seq)
@@ -373,8 +390,8 @@ class Planner:
             kept.seq = head.seq  # its jobs are equal; another may have come before
             if kept.preempts and kept.awaited:
                 return
-        waited = this.now - blocked.since_ms >= self.policy.preempt_after_ms
-        if waited and this.looks > 0 and (kept is None or not kept.preempts) and self._preempt(lane, head, this):
+        waited = this.now - blocked.since_ms >= self.policy.preempt_after_ms and this.now >= blocked.stop_again_ms
+        if this.thorough and waited and (kept is None or not kept.preempts) and self._preempt(lane, head, this):
             return
         if kept is None:
             if this.waiting is not None:
@@ -398,7 +415,7 @@ class Planner:
         for item in this.waiting:
             other = self.lanes[item[1]]
             head, need = self._head(other), self.fleet.could(other.need)
-            if item[0] >= key or this.looks <= 0 or len(self.reservations) >= most:
+            if item[0] >= key or this.nodes_to_look_at <= 0 or len(self.reservations) >= most:
                 left.append(item)
             elif head is None or need is None or other is lane or this.now < self._blocked[item[1]].again_ms:
                 continue
@@ -421,7 +438,7 @@ class Planner:
 
     def _look(self, lane: Lane, head: Head, this: _Round) -> None:
         """Keeps room where the head will fit soonest; nowhere, if it never will."""
-        this.looks -= 1
+        this.nodes_to_look_at -= len(self.fleet.nodes)
         kept, need = self.reservations.get(lane.number), self.fleet.could(lane.need)
         if need is None:
             self.kept.drop(lane.number)
@@ -447,16 +464,18 @@ class Planner:
         """Has the least important work that is in the way stopped. False if that would not help."""
         if head.priority < self.policy.preempt_gap or any(kept.preempts for kept in self.reservations.values()):
             return False  # one at a time: each changes what the next one would have to stop
+        least = head.priority - self.policy.preempt_gap
         need = self.fleet.could(lane.need)
-        if need is None:
+        if need is None or least < self.occupancy.least_priority() or this.nodes_to_look_at <= 0:
             return False
-        this.looks -= 1
+        this.nodes_to_look_at -= len(self.fleet.nodes)
+        self._blocked[lane.number].stop_again_ms = this.now + self.policy.preempt_after_ms
         share = self.shares.of_group(lane.group, this.now)
 
         def yields(attempt: Running) -> bool:
             return (
                 attempt.preemptible
-                and attempt.priority <= head.priority - self.policy.preempt_gap
+                and attempt.priority <= least
                 and attempt.need.nodes == 1
                 and (attempt.kind not in this.below or lane.kind in this.below)
                 and (attempt.group == lane.group or self.shares.of_group(attempt.group, this.now, attempt.part) > share)
@@ -466,7 +485,7 @@ class Planner:
         for node in self.fleet.nodes.values():
             if node.admits(need) is not None:
                 weak = [attempt for attempt in self.occupancy.on(node.name) if attempt.stopping or yields(attempt)]
-                option = self._victims(node, need, weak, this.now)
+                option = self._victims(node, need, weak, this.now) if weak or need.nodes > 1 else None
                 if option is not None:
                     options.append(option)
         best = heapq.nsmallest(need.nodes, options, key=lambda option: option[:4])

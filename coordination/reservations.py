@@ -148,6 +148,17 @@ class Reservations:
             looked_ms=now,
         )
 
+    @staticmethod
+    def _enough_at(node: Node, need: Need, ending: list[Running], latest: int) -> bool:
+        """Whether so much will have ended by `latest` that the sums would do: most nodes need no closer look."""
+        cpu, memory, gpu = node.cpu_milli, node.memory_mb, sum(gpu.share for gpu in node.gpus)
+        for attempt in ending:
+            if attempt.ends_ms > latest:
+                break
+            theirs = attempt.need
+            cpu, memory, gpu = cpu + theirs.cpu_milli, memory + theirs.memory_mb, gpu + theirs.gpus * theirs.share
+        return cpu >= need.cpu_milli and memory >= need.memory_mb and gpu >= need.gpu_milli
+
     def _gpus(self, need: Need, node: Node) -> tuple[int, ...]:
         free = node.fitting(need)
         assert free is not None
@@ -165,7 +176,7 @@ class Reservations:
         if not others and places > 0 and node.fitting(need) is not None:
             return Option(now, 0, not mine, name, node, [], [])  # it is not open at this moment
         ending = self._occupancy.ending(name)
-        if not others and (not ending or ending[0].ends_ms > latest):
+        if not others and not self._enough_at(node, need, ending, latest):
             return None
         later = node.copy()
         for kept in others:

@@ -186,7 +186,7 @@ def test_nodes_are_of_one_kind_if_they_differ_only_in_what_is_free() -> None:
 def test_numbers_of_gpus_are_those_of_their_uuids_in_any_order() -> None:
     node = Node.of(Offer(node="n", gpus=(gpu("c"), gpu("a"), gpu("b"))))
     assert node.uuids((0, 2)) == ("a", "c")
-    assert node.numbers(["c", "gone", "a"]) == [0, 2]
+    assert node.numbers(["c", "gone", "a"]) == [2, 0]
 
 
 # -- needs -----------------------------------------------------------------------------------------------------------
