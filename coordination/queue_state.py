@@ -796,7 +796,8 @@ class QueueState:
         self._book(item.worker, 0 if item.ok else 1)
         result = item.result
         if item.ok and rank >= 0:
-            self._run(self._q["end_member"], (result, row.seq, rank))
+            # Only rank 0's result is the job's; a thousand members with a megabyte each would be a gigabyte of rows.
+            self._run(self._q["end_member"], (result if rank == 0 else None, row.seq, rank))
             if _single(self._run(self._q["members_left"], (row.seq, row.attempt))):
                 return None  # the others go on; the job is complete with the last of them
             result = _single(self._run(self._q["first_result"], (row.seq,)))

@@ -84,7 +84,12 @@ class Scheduler:
             body = schedule.model_dump(mode="json", exclude_unset=True)
             known = there.get(name)
             if known is None or known["origin"] != FILE or known["schedule"] != body:
-                await self.put(name, body, origin=FILE)
+                try:
+                    await self.put(name, body, origin=FILE)
+                except (InvalidInput, Refused) as error:
+                    if isinstance(error, Refused) and error.status >= 500:
+                        raise  # nobody could take it now; the next turn tries again
+                    log.error("schedule %s of jobs.yaml is left out: %s", name, error)  # and stops no other
         for name, row in there.items():
             if row["origin"] == FILE and name not in from_file:
                 await self.drop(name, origin=FILE)

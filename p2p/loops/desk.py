@@ -66,6 +66,7 @@ class DeskOfTheLeader:
         if self._own.leads:
             if self._room is not None:
                 self._own.make_room(self._room)
+            self._mark = self.mark  # for when this node leads no more, and has not asked the next leader yet
             return await self._own.claim(worker, wait_seconds=wait_seconds)
         assert self._room is not None, "a worker states its room before it claims"
         self._claiming = True

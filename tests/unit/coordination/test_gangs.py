@@ -11,7 +11,7 @@ import pytest
 from coordination import commands as c
 from coordination.dispatcher import Beat
 from coordination.leases import Signs
-from tests.unit.coordination.drive import T0, Queue, new_job
+from tests.unit.coordination.drive import T0, Queue, connection, new_job
 from tests.unit.coordination.test_new_leader import LEASE, Desk
 
 GANG = c.ClaimGang(T0, 1, (c.Place("w0", None), c.Place("w1", None)))
@@ -126,3 +126,14 @@ async def test_the_books_of_each_worker_count_its_member(desk: Desk) -> None:
     done = c.AttemptDone("g", 1, "w0", True, None, None, 0, True, T0, "exit")
     desk.apply(c.Finish(T0, (done,)))
     assert {book.worker: book.assigned for book in desk.reader.workers()} == {"w0": 0, "w1": 1}
+
+
+def test_of_the_results_of_a_gang_only_the_first_is_kept(tmp_path: Path) -> None:
+    queue = Queue(str(tmp_path / "state.db"))
+    queue.submit(new_job("g", spec=b'{"command":["true"],"nodes":2}', requires='{"cpus":1.0,"nodes":2}'))
+    queue.apply(GANG)
+    for worker in ("w0", "w1"):
+        queue.finish("g", worker=worker, result=b'"of %s"' % worker.encode())
+    assert queue.column("g", "result") == b'"of w0"'
+    rows = connection(queue.state).execute("SELECT rank, result FROM members ORDER BY rank").fetchall()
+    assert rows == [(0, b'"of w0"'), (1, None)]

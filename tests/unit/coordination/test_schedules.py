@@ -279,6 +279,18 @@ async def test_jobs_yaml_takes_over_a_name_that_was_put_by_hand(scheduler: Sched
     assert (row["origin"], row["schedule"]["cron"], row["next_due_at"]) == (FILE, "0 * * * *", FIRST / 1000)
 
 
+async def test_a_schedule_of_jobs_yaml_that_cannot_be_taken_stops_no_other(
+    desk: Desk, scheduler: Scheduler, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = {"cron": "0 * * * *", "job": {"kind": "nowhere"}}
+    loop = SchedulerLoop(scheduler, from_file(a=bad, b=HOURLY))
+    await loop.run_once()
+    desk.clock.now = FIRST
+    await loop.run_once()
+    assert (loop.errors, loop.stats) == (0, {"jobs_submitted": 1})
+    assert "schedule a of jobs.yaml is left out" in caplog.text
+
+
 def test_jobs_yaml_has_a_section_for_them(tmp_path: Path) -> None:
     path = tmp_path / "jobs.yaml"
     path.write_text("kinds: {}\nschedules:\n  nightly:\n    cron: '0 3 * * *'\n    job: {command: [x]}\n")

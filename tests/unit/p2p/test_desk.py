@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,3 +283,20 @@ async def test_a_worker_whose_claim_went_astray_gets_the_job_back_unspent(led: B
     assert [(told["id"], told["attempt"]) for told in jobs] == [(job, 2)]
     record = (await led.c.ask("GET", f"/jobs/{job}")).body
     assert (record["state"], record["attempt"]) == ("claimed", 2)
+
+
+async def test_a_node_that_led_remembers_what_was_said_of_it_last() -> None:
+    """Not what was said before it led: that may have been taken back since."""
+
+    async def nothing(worker: str, *, wait_seconds: float) -> tuple[list[Any], list[Any]]:
+        return [], []
+
+    own: Any = SimpleNamespace(leads=True, matching=SimpleNamespace(barred={}), claim=nothing)
+    unused: Any = None
+    desk = DeskOfTheLeader("n1", own, unused, unused)
+    desk._mark = "draining"
+    for said in ("", "cordoned"):
+        own.leads, own.matching.barred = True, {"n1": said} if said else {}
+        await desk.claim("n1", wait_seconds=0)
+        own.leads = False
+        assert desk.mark == said
