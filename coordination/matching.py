@@ -13,12 +13,13 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from coordination import commands as c
 from coordination.lane import lane_key
 from coordination.leases import Held, LeaseTable
-from coordination.occupancy import NEVER, Running
+from coordination.occupancy import NEVER, Began, Running
 from coordination.placement import Need, Offer, need_of
 from coordination.planner import Assignment, Lane, Plan, Planner
 from coordination.queue_reads import HeldRow
@@ -243,7 +244,7 @@ class Matching:
                 need=need_of(lane.requires),
                 group=key.group,
                 kind=key.kind,
-                bound_ms=key.bound_ms,
+                bound_ms=key.bound_ms + ENDS_SLACK_MS if key.bound_ms else 0,
                 preemptible=key.preemptible,
                 heads=lane.heads,
                 count=lane.jobs,
@@ -304,6 +305,7 @@ class Matching:
             if workers & gone:
                 self.planner.settled(assignment, (), now)
                 self._stale |= workers
+                self._lanes_upto = 0
             else:
                 left.append(assignment)
         for worker in sorted(gone):
@@ -345,16 +347,18 @@ class Matching:
                 elif answer is not None:
                     claimed[gang.seq] = answer
             for assignment in assignments:
-                began: list[Running] = []
+                began: list[Began] = []
                 for rank, (worker, _) in enumerate(assignment.members):
                     if assignment.seq in claimed:
                         told[worker].append(self._told(claimed[assignment.seq], assignment, rank, began))
                 planner.settled(assignment, began, self._mono_ms())
+                if not began:
+                    self._lanes_upto = 0  # it may be pending all the same
         for worker in {worker: None for assignment in assignments for worker, _ in assignment.members}:
             self._answer(entries[worker], told[worker], failed.get(worker))
         self.wake()
 
-    def _told(self, claimed: Claimed, decision: Assignment, rank: int, began: list[Running]) -> dict[str, Any]:
+    def _told(self, claimed: Claimed, decision: Assignment, rank: int, began: list[Began]) -> dict[str, Any]:
         """A claimed job as it travels to its worker, and, if it is still the job's newest attempt, among what `began`
         there."""
         worker, gpus = decision.members[rank]
@@ -365,24 +369,10 @@ class Matching:
         held = self._leases.of(worker, claimed.id)
         if held is not None and held.attempt == claimed.attempt:
             held.grace_ms = round(float(job["grace_seconds"]) * 1000)
-            key = lane_key(claimed.requires)
-            now = self._mono_ms()
             limit = claimed.timeout_ms + held.grace_ms + ENDS_SLACK_MS
-            attempt = Running(
-                job=claimed.id,
-                attempt=claimed.attempt,
-                node=worker,
-                need=need_of(claimed.requires),
-                gpus=gpus,
-                group=key.group,
-                kind=key.kind,
-                priority=claimed.priority,
-                preemptible=key.preemptible and not decision.owed,
-                started_ms=now,
-                ends_ms=now + limit if claimed.timeout_ms else NEVER,
-                grace_ms=held.grace_ms,
-            )
-            began.append(attempt)
+            ends = self._mono_ms() + limit if claimed.timeout_ms else NEVER
+            preemptible = lane_key(claimed.requires).preemptible and not decision.owed
+            began.append(Began(worker, claimed.id, claimed.attempt, ends, held.grace_ms, preemptible))
         return job
 
     def _answer(self, entry: Parked, jobs: list[dict[str, Any]], error: BaseException | None) -> None:
@@ -417,6 +407,12 @@ def master_port(token: int) -> int:
     return 20_000 + token % 12_000
 
 
+@lru_cache(maxsize=4_096)
+def _told_requires(text: str) -> dict[str, Any]:
+    """What of a lane a worker is told: how much its process may have."""
+    return {name: value for name, value in json.loads(text).items() if name != "lane"}
+
+
 def for_worker(job: Claimed, gpus: Iterable[str]) -> dict[str, Any]:
     """A claimed job as its worker is told of it."""
     carried = json.loads(job.spec)
@@ -429,7 +425,7 @@ def for_worker(job: Claimed, gpus: Iterable[str]) -> dict[str, Any]:
         "params": carried.get("params", {}),
         "env": carried.get("env", {}),
         "cwd": carried.get("cwd"),
-        "requires": {name: value for name, value in json.loads(job.requires).items() if name != "lane"},
+        "requires": _told_requires(job.requires),
         "gpus": list(gpus),
         "timeout_seconds": job.timeout_ms / 1000 if job.timeout_ms else None,
         "grace_seconds": carried.get("grace_seconds", 30.0),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from coordination.placement import Need, Node, Offer
 
@@ -34,6 +35,17 @@ class Running:
     grace_ms: int = 0  # between SIGTERM and SIGKILL
     stopping: bool = False  # it has been asked to make way
     part: float = 0.0  # of the cluster, as it was when this began
+
+
+class Began(NamedTuple):
+    """What became of a decision on one node: an attempt of this name."""
+
+    node: str
+    job: str
+    attempt: int
+    ends_ms: int
+    grace_ms: int
+    preemptible: bool
 
 
 class Occupancy:
@@ -63,8 +75,7 @@ class Occupancy:
     def add(self, attempt: Running) -> None:
         self.running.setdefault(attempt.node, {})[attempt.job] = attempt
         self._ending.pop(attempt.node, None)
-        if attempt.preemptible:
-            self._priorities[attempt.priority] += 1
+        self._count(attempt, 1)
         if attempt.node in self._left:
             left = self._left[attempt.node][1]
             left.take(attempt.need, left.numbers(attempt.gpus))
@@ -77,14 +88,28 @@ class Occupancy:
         if not mine:
             del self.running[node]
         self._ending.pop(node, None)
-        if attempt.preemptible:
-            self._priorities[attempt.priority] -= 1
-            if not self._priorities[attempt.priority]:
-                del self._priorities[attempt.priority]
+        self._count(attempt, -1)
         if node in self._left:
             left = self._left[node][1]
             left.give(attempt.need, left.numbers(attempt.gpus))
         return attempt
+
+    def rename(self, standing: str, began: Began, now: int) -> None:
+        """What stood in the books by another name is this attempt, and starts now."""
+        mine = self.running[began.node]
+        known = mine.pop(standing)
+        self._count(known, -1)
+        known.job, known.attempt, known.started_ms = began.job, began.attempt, now
+        known.ends_ms, known.grace_ms, known.preemptible = began.ends_ms, began.grace_ms, began.preemptible
+        self._count(known, 1)
+        mine[known.job] = known
+        self._ending.pop(known.node, None)
+
+    def _count(self, attempt: Running, n: int) -> None:
+        if attempt.preemptible:
+            self._priorities[attempt.priority] += n
+            if not self._priorities[attempt.priority]:
+                del self._priorities[attempt.priority]
 
     def limit(self, node: Node, total: Offer | None) -> None:
         """Lessens what a node says is free to what the books leave of what it has in all, if it says that."""

@@ -327,7 +327,7 @@ class Node:
         self.version += 1
 
     def uuids(self, gpus: Iterable[int]) -> tuple[str, ...]:
-        return tuple(self.gpus[n].uuid for n in gpus)
+        return tuple([self.gpus[n].uuid for n in gpus])
 
     def numbers(self, uuids: Iterable[str]) -> list[int]:
         """The numbers of these GPUs; those it does not have (any more) are left out."""

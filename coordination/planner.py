@@ -24,14 +24,14 @@ is the dispatcher's and the worker's business.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from coordination.fleet import Candidate, Fleet
 from coordination.lane import Head
-from coordination.occupancy import NEVER, Occupancy, Running
+from coordination.occupancy import NEVER, Began, Occupancy, Running
 from coordination.placement import WHOLE, Need, Node, Offer
 from coordination.reservations import Reservation, Reservations
 from coordination.shares import Shares
@@ -59,6 +59,7 @@ class Lane:
     preemptible: bool = True
     heads: Sequence[Head] = ()
     count: int = 0
+    at: int = 0  # heads before this one have been decided; they do not come back but by another `set_lane`
 
 
 class Assignment(NamedTuple):
@@ -216,6 +217,9 @@ class Planner:
     def began(self, attempt: Running, now: int) -> None:
         """An attempt was given to a node."""
         self.ended(attempt.job, attempt.node, now)
+        self._add(attempt, now)
+
+    def _add(self, attempt: Running, now: int) -> None:
         self.occupancy.add(attempt)
         attempt.part = self.part_of_all(attempt.need)
         self.shares.add(attempt.group, attempt.kind, attempt.part, now)
@@ -227,17 +231,16 @@ class Planner:
             self.shares.add(attempt.group, attempt.kind, -attempt.part, now)
             self.kept.ended(attempt)
 
-    def settled(self, decision: Assignment, attempts: Iterable[Running], now: int) -> None:
-        """The decision is not under way any more; these are the attempts that came of it."""
+    def settled(self, decision: Assignment, began: Collection[Began], now: int) -> None:
+        """The decision is not under way any more; this came of it. If nothing did, its job is decided again once its
+        lane has been set."""
         self.spoken_for.discard(decision.seq)
-        began = {attempt.node: attempt for attempt in attempts}
-        for node, _ in decision.members:
-            standing = self.running.get(node, {}).get(_under_way(decision.seq))
-            if standing is not None and node in began:
-                self.kept.replaced(standing, began[node])
-            self.ended(_under_way(decision.seq), node, now)
-        for attempt in began.values():
-            self.began(attempt, now)
+        standing = _under_way(decision.seq)
+        for attempt in began:
+            self.occupancy.rename(standing, attempt, now)
+        if len(began) < len(decision.members):
+            for node, _ in decision.members:
+                self.ended(standing, node, now)
 
     # -- lanes ----------------------------------------------------------------------------------------------------
 
@@ -252,10 +255,11 @@ class Planner:
             self.lanes[lane.number] = lane
 
     def _head(self, lane: Lane) -> Head | None:
-        for head in lane.heads:
-            if head.seq not in self.spoken_for:
-                return head
-        return None
+        heads, at = lane.heads, lane.at
+        while at < len(heads) and heads[at].seq in self.spoken_for:
+            at += 1
+        lane.at = at
+        return heads[at] if at < len(heads) else None
 
     def _key(self, lane: Lane, head: Head, this: _Round) -> Key:
         share = this.shares.get(lane.group)
@@ -363,7 +367,7 @@ class Planner:
             )
         owed = lane.kind in this.below and self._anything_as_urgent_as(head.priority + self.policy.preempt_gap)
         for attempt in attempts:
-            self.began(attempt, this.now)
+            self._add(attempt, this.now)
         this.shares.pop(lane.group, None)
         if lane.kind in this.below:
             this.below = self._below(this.now)
@@ -556,6 +560,7 @@ __all__ = [
     "MAX_RESERVATIONS",
     "NEVER",
     "Assignment",
+    "Began",
     "Lane",
     "Plan",
     "PlanPolicy",

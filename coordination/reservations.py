@@ -106,13 +106,6 @@ class Reservations:
         for kept in self.on.get(attempt.node, ()):
             kept.awaited.discard(attempt)
 
-    def replaced(self, attempt: Running, by: Running) -> None:
-        """The same attempt goes by another name from now on."""
-        for kept in self.on.get(attempt.node, ()):
-            if attempt in kept.awaited:
-                kept.awaited.remove(attempt)
-                kept.awaited.add(by)
-
     # -- where and when ---------------------------------------------------------------------------------------------
 
     def look(

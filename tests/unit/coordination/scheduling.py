@@ -17,7 +17,7 @@ from typing import Any
 from coordination.fleet import Fleet
 from coordination.lane import Head
 from coordination.placement import GpuOffer, Need, Node, Offer, compile_need, with_defaults
-from coordination.planner import NEVER, Assignment, Lane, Planner, PlanPolicy, Preemption, Running
+from coordination.planner import NEVER, Assignment, Began, Lane, Planner, PlanPolicy, Preemption, Running
 from coordination.shares import Shares
 
 SECOND = 1_000
@@ -263,14 +263,9 @@ class Simulation:
         began = []
         for node, gpus in decision.members:
             self.truth.begin(node, job.seq, job.need, gpus)
-            began.append(
-                Running(
-                    job=str(job.seq), attempt=attempt, node=node, need=job.need, gpus=gpus, group=job.group,
-                    kind=job.kind, priority=job.priority,
-                    preemptible=job.preemptible and not decision.owed, started_ms=self.now,
-                    ends_ms=self.now + job.bound if job.bound else NEVER, grace_ms=job.grace,
-                )
-            )  # fmt: skip
+            ends = self.now + job.bound if job.bound else NEVER
+            preemptible = job.preemptible and not decision.owed
+            began.append(Began(node, str(job.seq), attempt, ends, job.grace, preemptible))
         self._where[job.seq] = tuple(node for node, _ in decision.members)
         self.planner.settled(decision, began, self.now)
         for node in self._where[job.seq]:

@@ -13,7 +13,7 @@ import pytest
 from coordination.fleet import Fleet
 from coordination.lane import Head
 from coordination.placement import Need, Offer
-from coordination.planner import NEVER, Assignment, Lane, Plan, Planner, PlanPolicy, Running
+from coordination.planner import NEVER, Assignment, Began, Lane, Plan, Planner, PlanPolicy
 from coordination.reservations import Reservation
 from coordination.shares import Shares
 from tests.unit.coordination.scheduling import SECOND, Packed, box, need
@@ -62,25 +62,15 @@ class Desk:
             told[decision.seq] = " ".join(node for node, _ in decision.members)
         return told
 
-    def begin(self, decision: Assignment, **changes: Any) -> list[Running]:
+    def begin(self, decision: Assignment) -> None:
         lane = self.planner.lanes[decision.lane]
-        priority = next(head.priority for head in lane.heads if head.seq == decision.seq)
         now = round(self.now * SECOND)
-        began = [
-            Running(
-                **{
-                    "job": str(decision.seq), "attempt": 1, "node": node, "need": lane.need, "gpus": gpus,
-                    "group": lane.group, "kind": lane.kind, "priority": priority, "started_ms": now,
-                    "preemptible": lane.preemptible and not decision.owed,
-                    "ends_ms": now + lane.bound_ms if lane.bound_ms else NEVER, "grace_ms": 10 * SECOND, **changes,
-                }
-            )
-            for node, gpus in decision.members
-        ]  # fmt: skip
+        ends = now + lane.bound_ms if lane.bound_ms else NEVER
+        free = lane.preemptible and not decision.owed
+        began = [Began(node, str(decision.seq), 1, ends, 10 * SECOND, free) for node, _ in decision.members]
         left = [head for head in lane.heads if head.seq != decision.seq]
         self.planner.settled(decision, began, now)
-        self.planner.set_lane(replace(lane, heads=left, count=len(left)))
-        return began
+        self.planner.set_lane(replace(lane, heads=left, count=len(left), at=0))
 
     def runs(self, node: str, wanted: Need, n: int = 1, **told: Any) -> list[str]:
         """So many jobs run on the node."""
