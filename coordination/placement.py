@@ -104,7 +104,7 @@ def compile_need(shape: Mapping[str, Any]) -> Need:
         memory_mb=shape["memory_mb"],
         disk_mb=shape["disk_mb"],
         gpus=shape["gpus"],
-        share=_up(shape["gpu_share"]) if shape["gpus"] else WHOLE,
+        share=max(_up(shape["gpu_share"]), 1) if shape["gpus"] else WHOLE,
         gpu_memory_mb=shape["gpu_memory_mb"],
         model=re.compile(model) if model is not None else None,
         capability=_version(least) if least is not None else (),
