@@ -731,9 +731,11 @@ class QueueState:
     def _member(self, row: _Row, worker: str) -> tuple[int, str] | None:
         """(rank, state) of a worker in the job's newest attempt; None if it takes no part in it. The only worker of a
         job that is no gang has rank -1."""
-        found = self._run(self._q["member_of"], (row.seq, row.attempt, worker)).fetchone() if row.worker else None
-        if found is not None:
-            return cast(tuple[int, str], found)
+        # A text without the word is of no gang; asking for members of every job that ends would cost each a statement.
+        if row.worker is not None and '"nodes":' in self._requires[row.shape]:
+            found = self._run(self._q["member_of"], (row.seq, row.attempt, worker)).fetchone()
+            if found is not None:
+                return cast(tuple[int, str], found)
         return (-1, row.state) if row.worker == worker else None
 
     def _on_begin(self, index: int, command: c.Begin) -> None:
