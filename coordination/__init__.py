@@ -9,8 +9,9 @@ The life of a job (`queue_state.EDGES` is the authority)::
                                                               │                                                   │
       failed, cancelled ──(retried by hand)───────────────────┘        completed | failed | cancelled <───────────┘
 
-In reading order: `job` (the noun) and `kinds`; `commands`, the only ways to change the queue; `queue_state`, the rules;
-`queue_reads`, the questions; `placement`, `scoring`, `fleet`, `planner`, `leases`, `retry`, `population`, `health`, the
-pure decisions; `matching`, the rounds in which claims are given work; `dispatcher`, the leader's desk; `stalls`, who is told as stalled; `operations`, every order of a person, once; then the operators'
-API: `work_queue`, `unified_queue_populator`, `daemon_manager`, `alerts`, with `live` to say where it goes.
+In reading order: `job` (the noun) and `kinds`; `commands`, the only ways to change the queue; `queue_state`, the rules,
+and `arrays`; `queue_reads`, the questions; `placement`, `scoring`, `fleet`, `planner`, `leases`, `retry`, `population`,
+`health`, the pure decisions; `matching`, the rounds in which claims are given work; `dispatcher`, the leader's desk;
+`stalls`, who is told as stalled; `operations`, every order of a person, once; then the operators' API: `work_queue`,
+`unified_queue_populator`, `daemon_manager`, `alerts`, with `live` to say where it goes.
 """
