@@ -346,19 +346,20 @@ class Matching:
                     failed.update((worker, answer) for worker, _ in gang.members)
                 elif answer is not None:
                     claimed[gang.seq] = answer
+            now = self._mono_ms()
             for assignment in assignments:
                 began: list[Began] = []
                 for rank, (worker, _) in enumerate(assignment.members):
                     if assignment.seq in claimed:
-                        told[worker].append(self._told(claimed[assignment.seq], assignment, rank, began))
-                planner.settled(assignment, began, self._mono_ms())
+                        told[worker].append(self._told(claimed[assignment.seq], assignment, rank, began, now))
+                planner.settled(assignment, began, now)
                 if not began:
                     self._lanes_upto = 0  # it may be pending all the same
         for worker in {worker: None for assignment in assignments for worker, _ in assignment.members}:
             self._answer(entries[worker], told[worker], failed.get(worker))
         self.wake()
 
-    def _told(self, claimed: Claimed, decision: Assignment, rank: int, began: list[Began]) -> dict[str, Any]:
+    def _told(self, claimed: Claimed, decision: Assignment, rank: int, began: list[Began], now: int) -> dict[str, Any]:
         """A claimed job as it travels to its worker, and, if it is still the job's newest attempt, among what `began`
         there."""
         worker, gpus = decision.members[rank]
@@ -370,7 +371,7 @@ class Matching:
         if held is not None and held.attempt == claimed.attempt:
             held.grace_ms = round(float(job["grace_seconds"]) * 1000)
             limit = claimed.timeout_ms + held.grace_ms + ENDS_SLACK_MS
-            ends = self._mono_ms() + limit if claimed.timeout_ms else NEVER
+            ends = now + limit if claimed.timeout_ms else NEVER
             preemptible = lane_key(claimed.requires).preemptible and not decision.owed
             began.append(Began(worker, claimed.id, claimed.attempt, ends, held.grace_ms, preemptible))
         return job

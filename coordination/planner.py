@@ -41,7 +41,7 @@ LOOK_AGAIN_MS = 1_000  # between two looks at all nodes for the same lane
 SETTLE_MS = 5_000  # from an end to the node's word that it is free; then room is looked for elsewhere
 MAX_LOOKED = 1_000  # nodes looked at for room in one round: what is beyond that waits for the next
 MAX_SCORED = 4_000  # nodes scored in one round, and jobs placed: a round must not keep the event loop from others
-MAX_PLACED = 256
+MAX_PLACED = 512
 
 
 @dataclass(slots=True, kw_only=True)
@@ -417,12 +417,12 @@ class Planner:
         nodes = [self.fleet.nodes[member.name] for member in members]
         had, left = len(self.reservations), []
         for item in this.waiting:
-            other = self.lanes[item[1]]
+            blocked, other = self._blocked.get(item[1]), self.lanes[item[1]]
             head, need = self._head(other), self.fleet.could(other.need)
+            if blocked is None or head is None or need is None or other is lane or this.now < blocked.again_ms:
+                continue  # it has got something meanwhile, or nothing can be done for it now
             if item[0] >= key or this.nodes_to_look_at <= 0 or len(self.reservations) >= most:
                 left.append(item)
-            elif head is None or need is None or other is lane or this.now < self._blocked[item[1]].again_ms:
-                continue
             elif any(node.admits(need) is not None for node in nodes):
                 self._look(other, head, this)
             else:
