@@ -354,8 +354,9 @@ async def test_all_that_reach_each_other_become_the_clusters_they_were_told_to_b
             assert len({net.disks[name].cluster for name in members}) == 1
             assert len(net.founders & group) == 1
         for name in set(lists) - set(settled):  # told of two: it says so, unless it was in time to know of one only
-            if not net.disks[name].cluster:
-                await net.until(lambda name=name: "never merge" in str(net.up[name].waiting_for))  # type: ignore[misc]
+            await net.until(
+                lambda name=name: net.disks[name].cluster or "never merge" in str(net.up[name].waiting_for)  # type: ignore[misc]
+            )
     finally:
         await net.stop()
 
