@@ -142,7 +142,7 @@ class Fleet:
                 cost = -float(node.total_memory_mb)
             heapq.heappush(heap, Candidate(_detour(need, node), cost, name, node.version, gpus))
         self.scored += len(rank.changed)
-        rank.changed = set()
+        rank.changed.clear()
 
     def score(self, need: Need, node: Node, free: Sequence[int]) -> tuple[float, tuple[int, ...]]:
         """What serving the need there costs, and by which of these GPUs."""
