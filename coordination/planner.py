@@ -39,7 +39,7 @@ from coordination.shares import Shares
 MAX_RESERVATIONS = 8
 LOOK_AGAIN_MS = 1_000  # between two looks at all nodes for the same lane
 SETTLE_MS = 5_000  # from an end to the node's word that it is free; then room is looked for elsewhere
-MAX_LOOKED = 1_000  # nodes looked at for room in one round: what is beyond that waits for the next
+MAX_LOOKED = 500  # nodes looked at for room in one round: what is beyond that waits for the next
 MAX_SCORED = 4_000  # nodes scored in one round, and jobs placed: a round must not keep the event loop from others
 MAX_PLACED = 512
 

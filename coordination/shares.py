@@ -50,8 +50,10 @@ class Shares:
     def add(self, group: str, kind: str, part: float, now: int) -> None:
         """A job of this group and kind holds so much of the cluster from now on (or, if negative, no more)."""
         for use in (self._groups[group], self._kinds[kind]):
-            use.upto(now, self._half_life_ms)
-            use.now = max(use.now + part, 0.0)
+            if now > use.at:
+                use.upto(now, self._half_life_ms)
+            held = use.now + part
+            use.now = held if held > 0.0 else 0.0
 
     def of_group(self, group: str, now: int, less: float = 0.0) -> float:
         """What the group has had for its weight; `less`: but for this part that it holds now."""

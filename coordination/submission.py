@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import struct
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,9 +24,9 @@ from coordination.validation import first_problem, join
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u to misread over the phone
 
 
-def new_id(now_ms: int) -> str:
+def new_id(now_ms: int, random_bits: int | None = None) -> str:
     """A job id: 9 characters of time (so ids sort by age and index well), then 60 random bits, base 32."""
-    number = (now_ms << 60) | secrets.randbits(60)
+    number = (now_ms << 60) | (secrets.randbits(60) if random_bits is None else random_bits)
     return "".join(_ALPHABET[(number >> shift) & 31] for shift in range(100, -1, -5))
 
 
@@ -37,6 +38,15 @@ class Submission:
         self._now_ms = now_ms
         self._batch = batch
         self._jobs: list[NewJob] = []
+        self._bits: list[int] = []
+
+    def _random_bits(self) -> int:
+        """60 of them. Drawn for as many jobs as have come so far: a system call for each id was a quarter of what the
+        leader spent on a job."""
+        if not self._bits:
+            many = min(max(len(self._jobs), 1), 512)
+            self._bits = [word >> 4 for (word,) in struct.iter_unpack("<Q", secrets.token_bytes(8 * many))]
+        return self._bits.pop()
 
     def add(self, body: Any) -> None:
         """Validates one job. Raises InvalidInput; its field is prefixed with ``jobs[n]`` in a batch."""
@@ -94,7 +104,7 @@ class Submission:
                     "put long data into a file that they read",
                 )
         return NewJob(
-            id=new_id(self._now_ms),
+            id=new_id(self._now_ms, self._random_bits()),
             kind=name,
             group=spec.group,
             priority=spec.priority if spec.priority is not None else kind.priority,

@@ -241,3 +241,6 @@ def test_ids_are_unique_and_sort_by_age() -> None:
     assert ids == sorted(set(ids))
     assert {len(id) for id in ids} == {21}
     assert new_id(NOW) != new_id(NOW)
+    batches = [submit(*[{"command": ["a"]}] * 1_500) for _ in range(2)]
+    assert len({job.id for jobs in batches for job in jobs}) == 3_000
+    assert {len(job.id) for job in batches[0]} == {21}
