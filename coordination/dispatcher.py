@@ -751,7 +751,8 @@ class Dispatcher:
 
     async def _cordon_black_holes(self) -> None:
         """Never more than a third of the nodes: if so many fail, it is not the nodes."""
-        holes, self._black_holes = self._black_holes - set(self.marks), set()
+        found = self._trouble.black_holes(self._clock.mono_ms())
+        holes, self._black_holes = self._black_holes.union(found) - set(self.marks), set()
         for node in sorted(holes):
             aside = sum(name in self.rooms for name in self.marks)
             if 3 * (aside + 1) > len(self.rooms):

@@ -69,6 +69,13 @@ class Trouble:
                 bad += others.bad
         return total > 0 and bad <= OTHERS_FAIL_AT_MOST * total
 
+    def black_holes(self, now: int) -> list[str]:
+        """The nodes that should get no more work. A sick node may have eaten all there was before any other node had
+        ended anything; then it is found out once they have."""
+        return [
+            name for name, ends in self._nodes.items() if ends.streak() == JOBS and self._others_do_better(name, now)
+        ]
+
     def forget(self, node: str) -> None:
         """It is given another chance."""
         self._nodes.pop(node, None)

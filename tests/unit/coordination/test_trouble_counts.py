@@ -80,3 +80,13 @@ def test_nothing_is_kept_of_nodes_that_are_gone() -> None:
     fails(trouble, "gone", *FIVE)
     trouble.forget_old(WINDOW_MS + 1)
     assert trouble._nodes == {}
+
+
+def test_a_node_that_ate_everything_first_is_found_out_once_others_have_ended_something() -> None:
+    trouble = Trouble()
+    assert not any(trouble.note("sick", f"j{n}", False, n) for n in range(JOBS + 3)), "it may be the jobs"
+    assert trouble.black_holes(JOBS + 3) == []
+    trouble.note("well", "j0", True, JOBS + 4)
+    assert trouble.black_holes(JOBS + 4) == ["sick"]
+    trouble.forget("sick")
+    assert trouble.black_holes(JOBS + 5) == []
