@@ -57,7 +57,10 @@ class Trouble:
         mine = self._nodes.setdefault(node, _Ends())
         mine.add(now, job, ok)
         mine.forget_before(now - WINDOW_MS)
-        return not ok and mine.streak() == JOBS and self._others_do_better(node, now)
+        return not ok and self._is_black_hole(node, now)
+
+    def _is_black_hole(self, node: str, now: int) -> bool:
+        return self._nodes[node].streak() == JOBS and self._others_do_better(node, now)
 
     def _others_do_better(self, node: str, now: int) -> bool:
         """Without a word from any other node it may as well be the jobs."""
@@ -72,9 +75,7 @@ class Trouble:
     def black_holes(self, now: int) -> list[str]:
         """The nodes that should get no more work. A sick node may have eaten all there was before any other node had
         ended anything; then it is found out once they have."""
-        return [
-            name for name, ends in self._nodes.items() if ends.streak() == JOBS and self._others_do_better(name, now)
-        ]
+        return [name for name in self._nodes if self._is_black_hole(name, now)]
 
     def forget(self, node: str) -> None:
         """It is given another chance."""
